@@ -1,0 +1,275 @@
+"""Every error of the package, in one tree.
+
+FedInferError
+├── ConfigError                  FI200  wrong before anything runs
+│   ├── UnknownNameError         FI201  no rule, protection, ... of that name
+│   ├── InvalidValueError        FI202  a value outside its range or type
+│   ├── IncompatibleProtection   FI203  rule x protection pair that cannot work
+│   ├── MissingExtraError        FI204  an optional dependency is not installed
+│   ├── KeyAtCoordinatorError    FI205  the coordinator would hold the secret key
+│   ├── UnknownConfigKeyError    FI206  a run-config key that nothing reads
+│   ├── CapacityError            FI207  a sum could wrap around its modulus
+│   └── ModelError               FI208  a local model that no adapter fits
+├── ProtocolError                FI300  a message that must not be believed
+│   ├── EnvelopeError            FI301  malformed bytes or fields
+│   ├── UnsupportedVersionError  FI302  an envelope of another version
+│   ├── BindingError             FI303  right form, wrong run, query, key, sender, profile
+│   ├── ShapeError               FI304  shape or dtype other than agreed
+│   ├── SizeLimitError           FI305  larger than the receiver accepts
+│   ├── InvalidScoresError       FI306  NaN, infinite or out-of-bound scores
+│   ├── InvalidCiphertextError   FI307  bytes that are no ciphertext of this round
+│   ├── ProtectionRefusedError   FI308  the site does not answer under this protection
+│   └── LabelSpaceError          FI309  class names that do not fit the query
+└── QueryError                   FI400  a run that did not go to its end
+    ├── SiteFailedError          FI401  a site's app failed outside our handler
+    ├── QuorumNotMetError        FI402  too few answers by the deadline
+    ├── ModelLoadError           FI403  load_model failed at the site
+    ├── ModelAnswerError         FI404  the local model failed on the query
+    ├── NotEnoughNodesError      FI405  too few nodes came online
+    └── NotRegisteredError       FI406  the ClientApp has no inference handler
+
+An error text says what happened, where, the likely cause and the next step. It never
+carries inputs, scores, prompts or keys: Flower sends texts of exceptions to the server.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+__all__ = [
+    "BindingError",
+    "CapacityError",
+    "ConfigError",
+    "EnvelopeError",
+    "FedInferError",
+    "IncompatibleProtection",
+    "InvalidCiphertextError",
+    "InvalidScoresError",
+    "InvalidValueError",
+    "KeyAtCoordinatorError",
+    "LabelSpaceError",
+    "MissingExtraError",
+    "ModelAnswerError",
+    "ModelError",
+    "ModelLoadError",
+    "NotEnoughNodesError",
+    "NotRegisteredError",
+    "ProtectionRefusedError",
+    "ProtocolError",
+    "QueryError",
+    "QuorumNotMetError",
+    "ShapeError",
+    "SiteFailedError",
+    "SizeLimitError",
+    "UnknownConfigKeyError",
+    "UnknownNameError",
+    "UnsupportedVersionError",
+    "error_class",
+]
+
+
+class FedInferError(Exception):
+    """Root of all errors of the package.
+
+    Parameters
+    ----------
+    message : str
+        What happened and where. Safe to show to any role.
+    hint : str
+        The next step to take; may be empty.
+    site : str
+        The site concerned, by name or node id; may be empty.
+    """
+
+    code: ClassVar[str] = "FI000"
+
+    def __init__(self, message: str, *, hint: str = "", site: str = "") -> None:
+        self.message = message
+        self.hint = hint
+        self.site = site
+        where = f" [site {site}]" if site else ""
+        fix = f"\n  fix: {hint}" if hint else ""
+        page = f"   docs: docs/reference/errors.md#{self.code.lower()}"
+        super().__init__(
+            f"{self.code} {type(self).__name__}{where}: {message}{fix}{page if fix else ''}"
+        )
+
+    def at_site(self, site: str) -> FedInferError:
+        """Return the same error with the name of the site in it."""
+        return type(self)(self.message, hint=self.hint, site=site)
+
+
+class ConfigError(FedInferError):
+    """Wrong before anything runs."""
+
+    code = "FI200"
+
+
+class UnknownNameError(ConfigError):
+    """No rule, protection or other registered thing has that name."""
+
+    code = "FI201"
+
+
+class InvalidValueError(ConfigError, ValueError):
+    """A value outside its range or of the wrong type."""
+
+    code = "FI202"
+
+
+class IncompatibleProtection(ConfigError):  # noqa: N818  the field's own term
+    """A rule and a protection that cannot work together."""
+
+    code = "FI203"
+
+
+class MissingExtraError(ConfigError, ImportError):
+    """An optional dependency is not installed."""
+
+    code = "FI204"
+
+
+class KeyAtCoordinatorError(ConfigError):
+    """The coordinator would hold the key that is to keep answers from it."""
+
+    code = "FI205"
+
+
+class UnknownConfigKeyError(ConfigError):
+    """A run-config key that nothing reads."""
+
+    code = "FI206"
+
+
+class CapacityError(ConfigError):
+    """A sum of this many scores could wrap around its modulus without notice."""
+
+    code = "FI207"
+
+
+class ModelError(ConfigError):
+    """A local model that no adapter fits, or without the facts an adapter needs."""
+
+    code = "FI208"
+
+
+class ProtocolError(FedInferError):
+    """A message that must not be believed."""
+
+    code = "FI300"
+
+
+class EnvelopeError(ProtocolError):
+    """Malformed bytes, fields or lengths."""
+
+    code = "FI301"
+
+
+class UnsupportedVersionError(ProtocolError):
+    """An envelope of a version that this release does not read."""
+
+    code = "FI302"
+
+
+class BindingError(ProtocolError):
+    """A well-formed envelope of another run, query, key, sender or profile."""
+
+    code = "FI303"
+
+
+class ShapeError(ProtocolError):
+    """An array of another shape or dtype than agreed."""
+
+    code = "FI304"
+
+
+class SizeLimitError(ProtocolError):
+    """More bytes, rows or classes than the receiver accepts."""
+
+    code = "FI305"
+
+
+class InvalidScoresError(ProtocolError):
+    """Scores that are NaN, infinite or outside the bound of their rule."""
+
+    code = "FI306"
+
+
+class InvalidCiphertextError(ProtocolError):
+    """Bytes that are no ciphertext of this round."""
+
+    code = "FI307"
+
+
+class ProtectionRefusedError(ProtocolError):
+    """The site does not answer under the protection that was asked for."""
+
+    code = "FI308"
+
+
+class LabelSpaceError(ProtocolError):
+    """Class names of a site that do not fit those of the query."""
+
+    code = "FI309"
+
+
+class QueryError(FedInferError):
+    """A query that did not go to its end."""
+
+    code = "FI400"
+
+
+class SiteFailedError(QueryError):
+    """The site's app or process failed outside the inference handler."""
+
+    code = "FI401"
+
+
+class QuorumNotMetError(QueryError):
+    """Fewer sites than the quorum answered by the deadline."""
+
+    code = "FI402"
+
+
+class ModelLoadError(QueryError):
+    """`load_model` raised, or returned nothing, at the site."""
+
+    code = "FI403"
+
+
+class ModelAnswerError(QueryError):
+    """The local model failed on the query, or gave back something unusable."""
+
+    code = "FI404"
+
+
+class NotEnoughNodesError(QueryError):
+    """Too few nodes came online before the run's patience ended."""
+
+    code = "FI405"
+
+
+class NotRegisteredError(QueryError):
+    """The site's ClientApp has no inference handler."""
+
+    code = "FI406"
+
+
+def _walk(cls: type[FedInferError]) -> dict[str, type[FedInferError]]:
+    found = {cls.code: cls}
+    for child in cls.__subclasses__():
+        found.update(_walk(child))
+    return found
+
+
+def error_class(code: str) -> type[FedInferError]:
+    """Return the class with this code; `ProtocolError` for a code nobody knows.
+
+    Examples
+    --------
+    >>> error_class("FI304").__name__
+    'ShapeError'
+    >>> error_class("nonsense").__name__
+    'ProtocolError'
+    """
+    return _walk(FedInferError).get(code, ProtocolError)

@@ -1,0 +1,212 @@
+"""What a protection is: three objects, one per role, so that no secret is in the wrong process.
+
+==================  ===============  =====================================================
+object              runs at          may hold
+==================  ===============  =====================================================
+`SiteSide`          SuperNode        public key material, its own scores
+`CoordinatorSide`   ServerApp        what the protection reveals, and no key at all
+`QuerierSide`       outside, or      the secret key (`he`), the combined answer
+                    beside a site
+==================  ===============  =====================================================
+
+Axes: K sites, B queries, S width of a score.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import ClassVar, Protocol
+
+from fedinfer_flower.ensemble.base import Array, Disclosure, EnsembleRule
+from fedinfer_flower.registry import Registry
+
+__all__ = [
+    "PROTECTIONS",
+    "CoordinatorSide",
+    "KeyPair",
+    "Protection",
+    "QuerierSide",
+    "ScorePlan",
+    "SiteSide",
+    "key_id_of",
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScorePlan:
+    """Public facts of a round that all three sides must agree on.
+
+    Each side works them out for itself from rule, classes and cohort; only names and
+    options travel, so a coordinator cannot slip a site a smaller sensitivity.
+
+    Parameters
+    ----------
+    width : int
+        S, entries of one score.
+    bound : float
+        Largest absolute value of an entry.
+    sensitivity_l2 : float
+        How far one row can move when a site's whole answer is replaced.
+    n_sites_max : int
+        Most sites that may enter the sum; fixes the codec's capacity.
+    n_classes : int
+    """
+
+    width: int
+    bound: float
+    sensitivity_l2: float
+    n_sites_max: int
+    n_classes: int
+
+    @classmethod
+    def for_rule(cls, rule: EnsembleRule, *, n_classes: int, n_sites_max: int) -> ScorePlan:
+        """Derive the plan from a rule."""
+        return cls(
+            width=rule.score_width(n_classes),
+            bound=rule.score_bound(n_classes),
+            sensitivity_l2=rule.sensitivity_l2(n_classes),
+            n_sites_max=n_sites_max,
+            n_classes=n_classes,
+        )
+
+
+class SiteSide(Protocol):
+    """Protects one site's scores."""
+
+    def protect(self, scores: Array) -> bytes:
+        """Turn finite, bounded scores of shape (n_queries, width) into a payload."""
+
+
+class CoordinatorSide(Protocol):
+    """Adds payloads as they arrive. One object a batch; not thread-safe.
+
+    Under a protection that reveals `Disclosure.SUM` memory does not grow with the
+    number of sites. Nothing that `add` raises leaves a trace in the sum.
+    """
+
+    n_sites: int
+
+    def add(self, payload: bytes | memoryview) -> None:
+        """Validate a payload and fold it in.
+
+        Raises
+        ------
+        ProtocolError
+            If the payload is not what an honest site would send; the sum is unchanged.
+        """
+
+    def total(self) -> bytes:
+        """Return the combined payload for the querier."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeyPair:
+    """The querier's keys of one session; empty bytes where a protection needs none.
+
+    Parameters
+    ----------
+    public_key : bytes
+        Travels to the sites with the query.
+    secret_key : bytes
+        Stays with the querier; never shown by `repr`.
+    """
+
+    public_key: bytes = b""
+    secret_key: bytes = field(default=b"", repr=False)
+
+    @property
+    def key_id(self) -> str:
+        """Fingerprint of the public key; empty if there is none."""
+        return key_id_of(self.public_key)
+
+
+def key_id_of(public_key: bytes) -> str:
+    """Return the SHA-256 fingerprint of a public key in hex; empty for no key.
+
+    Examples
+    --------
+    >>> key_id_of(b"")
+    ''
+    """
+    return hashlib.sha256(public_key).hexdigest() if public_key else ""
+
+
+class QuerierSide(Protocol):
+    """Opens a combined payload."""
+
+    def open(self, total: bytes | memoryview, *, n_queries: int, n_sites: int) -> Array:
+        """Return combined scores of shape (n_queries, width).
+
+        Raises
+        ------
+        ProtocolError
+            If the payload does not open to scores that `n_sites` honest sites could send.
+        """
+
+
+@dataclass(frozen=True, kw_only=True)
+class Protection(ABC):
+    """Base of all protections: a frozen dataclass whose fields are its options.
+
+    Attributes
+    ----------
+    name : str
+        Registered name.
+    reveals : Disclosure
+        What the coordinator is shown.
+    needs_key : bool
+        Whether the querier holds a secret that must not be at the coordinator.
+    min_cohort : int
+        Fewest sites whose combination may be released.
+    """
+
+    name: ClassVar[str] = ""
+    reveals: ClassVar[Disclosure] = Disclosure.SUM
+    needs_key: ClassVar[bool] = False
+    min_cohort: ClassVar[int] = 1
+
+    def options(self) -> dict[str, str | int | float | bool]:
+        """Return the options that make the same protection at a site."""
+        return dataclasses.asdict(self)
+
+    def check_rule(self, rule: EnsembleRule) -> str:  # noqa: ARG002
+        """Return why this rule cannot work under this protection; empty if it can.
+
+        The comparison of disclosures is made by `legality`; this is for further reasons.
+        """
+        return ""
+
+    def epsilon_delta(self, plan: ScorePlan) -> tuple[float, float] | None:  # noqa: ARG002
+        """Return (epsilon, delta) of one row of one site's answer, or None."""
+        return None
+
+    @abstractmethod
+    def payload_bytes(self, plan: ScorePlan, n_queries: int) -> int:
+        """Return the most bytes that an honest payload can have; a longer one is refused."""
+
+    @abstractmethod
+    def site_side(self, plan: ScorePlan, *, public_key: bytes) -> SiteSide:
+        """Build the site's side from public material."""
+
+    @abstractmethod
+    def coordinator_side(
+        self, plan: ScorePlan, *, n_queries: int, rule: EnsembleRule, public_key: bytes
+    ) -> CoordinatorSide:
+        """Build the coordinator's side. `rule` is used where scores are revealed."""
+
+    def make_keys(self) -> KeyPair:
+        """Make fresh keys at the querier; empty ones for a protection without keys."""
+        return KeyPair()
+
+    @abstractmethod
+    def querier_side(self, plan: ScorePlan, *, keys: KeyPair) -> QuerierSide:
+        """Build the querier's side around its own keys."""
+
+
+PROTECTIONS: Registry[Protection] = Registry(
+    kind="protection", package="fedinfer_flower.privacy", group="fedinfer_flower.protections"
+)
+"""All protections by name."""
