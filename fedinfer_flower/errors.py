@@ -117,7 +117,7 @@ class InvalidValueError(ConfigError, ValueError):
     code = "FI202"
 
 
-class IncompatibleProtection(ConfigError):  # noqa: N818  the field's own term
+class IncompatibleProtection(ConfigError):
     """A rule and a protection that cannot work together."""
 
     code = "FI203"

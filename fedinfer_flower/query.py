@@ -100,6 +100,8 @@ class SiteProfile:
         Whether a temperature was fitted on held-out data.
     temperature : float
         The fitted temperature; 1.0 when not calibrated.
+    familiarity : bool
+        Whether the site can say how close a query is to its own training data.
     model_card : mapping of str to str
         Free text such as ``{"kind": "random forest"}``.
     price_per_query : float
@@ -117,6 +119,7 @@ class SiteProfile:
     class_counts: tuple[float, ...] | None = None
     calibrated: bool = False
     temperature: float = 1.0
+    familiarity: bool = False
     model_card: Mapping[str, str] = field(default_factory=dict)
     price_per_query: float = 0.0
 
@@ -171,12 +174,29 @@ class SiteProfile:
         canonical = json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()
 
-    def aligned_counts(self, classes: tuple[str, ...]) -> npt.NDArray[np.float64] | None:
-        """Return class counts in the order of `classes`, 0.0 for absent ones."""
-        if self.class_counts is None:
-            return None
+    def aligned_counts(
+        self, classes: tuple[str, ...], kind: CountsKind
+    ) -> npt.NDArray[np.float64]:
+        """Return class counts in the order of `classes`, 0.0 for absent ones.
+
+        Parameters
+        ----------
+        classes : tuple of str
+        kind : CountsKind
+            ``COUNTS`` for the counts themselves, ``PRESENCE`` for 0.0 and 1.0.
+
+        Raises
+        ------
+        InvalidValueError
+            If the profile withholds what is asked for.
+        """
+        if self.class_counts is None or (
+            kind is CountsKind.COUNTS and self.counts_kind is not CountsKind.COUNTS
+        ):
+            raise InvalidValueError(f"the profile of {self.name!r} has no class {kind.value}")
         known = dict(zip(self.classes, self.class_counts, strict=True))
-        return np.array([known.get(name, 0.0) for name in classes])
+        counts = np.array([known.get(name, 0.0) for name in classes])
+        return (counts > 0).astype(float) if kind is CountsKind.PRESENCE else counts
 
 
 def _frozen(array: npt.NDArray[Any]) -> npt.NDArray[Any]:

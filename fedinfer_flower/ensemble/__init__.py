@@ -7,6 +7,15 @@ from fedinfer_flower.ensemble.base import (
     Evidence,
     ScoreKind,
     SiteContext,
+    make_rule,
 )
 
-__all__ = ["RULES", "Disclosure", "EnsembleRule", "Evidence", "ScoreKind", "SiteContext"]
+__all__ = [
+    "RULES",
+    "Disclosure",
+    "EnsembleRule",
+    "Evidence",
+    "ScoreKind",
+    "SiteContext",
+    "make_rule",
+]

@@ -13,13 +13,15 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from enum import IntEnum, StrEnum
 from typing import ClassVar
 
 import numpy as np
 import numpy.typing as npt
 
-from fedinfer_flower.errors import ShapeError
+from fedinfer_flower.ensemble.options import Scalar, checked_options, require_known_options
+from fedinfer_flower.errors import InvalidValueError, ShapeError
 from fedinfer_flower.query import Prediction
 from fedinfer_flower.registry import Registry
 
@@ -33,7 +35,9 @@ __all__ = [
     "ScoreKind",
     "SiteContext",
     "log_softmax",
+    "make_rule",
     "softmax",
+    "top_distance",
 ]
 
 Array = npt.NDArray[np.float64]
@@ -65,6 +69,7 @@ class Evidence(StrEnum):
     CLASS_COUNTS = "class-counts"
     CONFUSION = "confusion"
     AUGMENTED = "augmented"
+    FAMILIARITY = "familiarity"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -84,6 +89,8 @@ class SiteContext:
         held-out data. Rows sum to 1; the row of an unseen class is uniform.
     augmented_tbc : float array of shape (n_augmentations, n_queries, n_classes), optional
         Calibrated logits of augmented copies of the queries.
+    familiarity : float array of shape (n_queries,), optional
+        In [0, 1]: how close each query is to the site's own training data.
     """
 
     present: npt.NDArray[np.bool_]
@@ -91,6 +98,25 @@ class SiteContext:
     class_totals: Array | None = None
     confusion: Array | None = None
     augmented_tbc: Array | None = None
+    familiarity: Array | None = None
+
+
+_FAR_BELOW = -1e300
+"""Stands for any distance that a float64 cannot hold; sums of many still can."""
+
+
+def top_distance(logits: Array) -> Array:
+    """Return logits relative to the highest of their row: 0.0 there, negative elsewhere.
+
+    Finite for any finite logits, also where their difference overflows.
+
+    Examples
+    --------
+    >>> top_distance(np.array([[1.0, 3.0]]))
+    array([[-2.,  0.]])
+    """
+    with np.errstate(over="ignore"):
+        return np.asarray(np.maximum(logits - logits.max(axis=-1, keepdims=True), _FAR_BELOW))
 
 
 def log_softmax(logits: Array) -> Array:
@@ -101,7 +127,7 @@ def log_softmax(logits: Array) -> Array:
     >>> np.exp(log_softmax(np.array([[1000.0, 1000.0]])))
     array([[0.5, 0.5]])
     """
-    shifted = logits - logits.max(axis=-1, keepdims=True)
+    shifted = top_distance(logits)
     return np.asarray(shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True)))
 
 
@@ -143,6 +169,14 @@ class EnsembleRule(ABC):
     discloses: ClassVar[Disclosure] = Disclosure.SUM
     score_kind: ClassVar[ScoreKind] = ScoreKind.PROBABILITY
     needs: ClassVar[frozenset[Evidence]] = frozenset()
+
+    def __post_init__(self) -> None:
+        for name, value in checked_options(f"rule {self.name!r}", self).items():
+            object.__setattr__(self, name, value)
+
+    def options(self) -> dict[str, Scalar]:
+        """Return the options that make the same rule elsewhere; see `make_rule`."""
+        return dataclasses.asdict(self)
 
     def score_width(self, n_classes: int) -> int:
         """Return S, the number of entries of one score."""
@@ -256,3 +290,33 @@ RULES: Registry[EnsembleRule] = Registry(
     kind="rule", package="fedinfer_flower.ensemble", group="fedinfer_flower.rules"
 )
 """All ensemble rules by name."""
+
+
+def make_rule(name: str, options: Mapping[str, object] | None = None) -> EnsembleRule:
+    """Build a rule from its registered name and its options, trusting neither.
+
+    Parameters
+    ----------
+    name : str
+    options : mapping of str to JSON scalar, optional
+        Left-out options keep their defaults.
+
+    Raises
+    ------
+    UnknownNameError
+        If no rule has that name.
+    InvalidValueError
+        If an option does not exist, has the wrong type or lies outside its range.
+
+    Examples
+    --------
+    >>> make_rule("mean-probability", {})
+    MeanProbability()
+    """
+    cls = RULES.get(name)
+    given = {} if options is None else options
+    if not isinstance(given, Mapping):
+        raise InvalidValueError(f"options of rule {name!r} are a mapping of names to values")
+    known = [field.name for field in dataclasses.fields(cls) if field.init]
+    require_known_options(f"rule {name!r}", given, known)
+    return cls(**given)

@@ -16,11 +16,23 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import importlib
+import math
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar, Protocol
+from types import ModuleType
+from typing import Any, ClassVar, Protocol
 
 from fedinfer_flower.ensemble.base import Array, Disclosure, EnsembleRule
+from fedinfer_flower.ensemble.options import Scalar, checked_options, require_known_options
+from fedinfer_flower.errors import (
+    CapacityError,
+    EnvelopeError,
+    InvalidValueError,
+    MissingExtraError,
+    QuorumNotMetError,
+)
 from fedinfer_flower.registry import Registry
 
 __all__ = [
@@ -32,6 +44,8 @@ __all__ = [
     "ScorePlan",
     "SiteSide",
     "key_id_of",
+    "make_protection",
+    "optional_module",
 ]
 
 
@@ -53,6 +67,15 @@ class ScorePlan:
     n_sites_max : int
         Most sites that may enter the sum; fixes the codec's capacity.
     n_classes : int
+    discloses : Disclosure
+        What the rule's coordinator needs. Under SUM the total is a sum, so the querier
+        can bound its entries; under SCORES it is whatever the rule's `combine` returns.
+        Both have shape (n_queries, width).
+
+    Raises
+    ------
+    InvalidValueError
+        If a number is not one that a round can have.
     """
 
     width: int
@@ -60,6 +83,15 @@ class ScorePlan:
     sensitivity_l2: float
     n_sites_max: int
     n_classes: int
+    discloses: Disclosure = Disclosure.SUM
+
+    def __post_init__(self) -> None:
+        for name in ("width", "n_sites_max", "n_classes"):
+            if getattr(self, name) < 1:
+                raise InvalidValueError(f"{name} is at least 1, got {getattr(self, name)!r}")
+        for name in ("bound", "sensitivity_l2"):
+            if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0.0):
+                raise InvalidValueError(f"{name} is a positive number, got {getattr(self, name)!r}")
 
     @classmethod
     def for_rule(cls, rule: EnsembleRule, *, n_classes: int, n_sites_max: int) -> ScorePlan:
@@ -70,7 +102,22 @@ class ScorePlan:
             sensitivity_l2=rule.sensitivity_l2(n_classes),
             n_sites_max=n_sites_max,
             n_classes=n_classes,
+            discloses=rule.discloses,
         )
+
+    def require_room(self, n_sites: int) -> None:
+        """Refuse one more site if `n_sites` are already in the sum.
+
+        Raises
+        ------
+        CapacityError
+            If the cohort that the round was planned for is complete.
+        """
+        if n_sites >= self.n_sites_max:
+            raise CapacityError(
+                f"the sum was planned for {self.n_sites_max} sites and holds {n_sites}",
+                hint="plan the round with a larger n_sites_max",
+            )
 
 
 class SiteSide(Protocol):
@@ -168,8 +215,12 @@ class Protection(ABC):
     needs_key: ClassVar[bool] = False
     min_cohort: ClassVar[int] = 1
 
-    def options(self) -> dict[str, str | int | float | bool]:
-        """Return the options that make the same protection at a site."""
+    def __post_init__(self) -> None:
+        for name, value in checked_options(f"protection {self.name!r}", self).items():
+            object.__setattr__(self, name, value)
+
+    def options(self) -> dict[str, Scalar]:
+        """Return the options that make the same protection elsewhere; see `make_protection`."""
         return dataclasses.asdict(self)
 
     def check_rule(self, rule: EnsembleRule) -> str:  # noqa: ARG002
@@ -180,8 +231,40 @@ class Protection(ABC):
         return ""
 
     def epsilon_delta(self, plan: ScorePlan) -> tuple[float, float] | None:  # noqa: ARG002
-        """Return (epsilon, delta) of one row of one site's answer, or None."""
+        """Return (epsilon, delta) of one row of one site's answer, or None.
+
+        A site's total grows with every row that it answers.
+        """
         return None
+
+    def require_cohort(self, n_sites: int) -> None:
+        """Refuse to release a combination of too few sites (coordinator).
+
+        Raises
+        ------
+        QuorumNotMetError
+            If there are fewer than `min_cohort` sites.
+        """
+        if n_sites < self.min_cohort:
+            raise QuorumNotMetError(
+                f"{n_sites} sites answered; protection {self.name!r} combines at least"
+                f" {self.min_cohort}",
+                hint=f"ask more sites, or set quorum to {self.min_cohort} or more",
+            )
+
+    def check_cohort(self, n_sites: int, plan: ScorePlan) -> None:
+        """Check how many sites a combined payload claims to hold (querier).
+
+        Raises
+        ------
+        EnvelopeError
+            If no round of this plan can end with so many sites.
+        """
+        if not self.min_cohort <= n_sites <= plan.n_sites_max:
+            raise EnvelopeError(
+                f"a total of {n_sites} sites does not fit protection {self.name!r}, which"
+                f" combines {self.min_cohort} to {plan.n_sites_max} in this round"
+            )
 
     @abstractmethod
     def payload_bytes(self, plan: ScorePlan, n_queries: int) -> int:
@@ -210,3 +293,56 @@ PROTECTIONS: Registry[Protection] = Registry(
     kind="protection", package="fedinfer_flower.privacy", group="fedinfer_flower.protections"
 )
 """All protections by name."""
+
+
+def make_protection(name: str, options: Mapping[str, object] | None = None) -> Protection:
+    """Build a protection from its registered name and its options, trusting neither.
+
+    The way in for run configs and for messages. Nothing unknown is ignored: a privacy
+    option that is silently dropped is a promise that is silently broken.
+
+    Parameters
+    ----------
+    name : str
+    options : mapping of str to JSON scalar, optional
+        Left-out options keep their defaults.
+
+    Raises
+    ------
+    UnknownNameError
+        If no protection has that name.
+    InvalidValueError
+        If an option does not exist, has the wrong type or lies outside its range.
+
+    Examples
+    --------
+    >>> from fedinfer_flower.privacy import make_protection
+    >>> make_protection("dp", {"epsilon": 2})
+    DP(mechanism='gaussian', epsilon=2.0, delta=1e-05)
+    >>> make_protection("dp", {"epsilonn": 2.0})  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+    ...
+    fedinfer_flower.errors.InvalidValueError: FI202 ...
+    """
+    cls = PROTECTIONS.get(name)
+    given: dict[str, Any] = dict(options or {})
+    known = [spec.name for spec in dataclasses.fields(cls) if spec.init]
+    require_known_options(f"protection {name!r}", given, known)
+    return cls(**given)
+
+
+def optional_module(module: str, *, extra: str) -> ModuleType:
+    """Import a module that comes with an extra of this distribution.
+
+    Raises
+    ------
+    MissingExtraError
+        Naming the extra.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        raise MissingExtraError(
+            f"{module.partition('.')[0]} is not installed",
+            hint=f"pip install 'fedinfer-flower[{extra}]'",
+        ) from None

@@ -1,0 +1,117 @@
+"""What a strategy's `start` returns."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from fedinfer_flower.query import Prediction, QueryReport, SiteProfile, SiteStatus
+from fedinfer_flower.wire.documents import CombinedAnswer
+
+__all__ = ["InferenceResult"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class InferenceResult:
+    """Combined answers and what they cost.
+
+    Parameters
+    ----------
+    combined : CombinedAnswer
+        For the querier; under `he` only its secret key opens it.
+    reports : tuple of QueryReport
+        One a batch.
+    profiles : mapping of node id to SiteProfile
+        Sites that were onboarded.
+    prediction : Prediction, optional
+        The opened answer, where the coordinator can open it: under protections without
+        a key, or with ``allow_coordinator_key=True``.
+    onboarding_s : float
+        Seconds that onboarding took, before the first batch.
+    """
+
+    combined: CombinedAnswer
+    reports: tuple[QueryReport, ...]
+    profiles: Mapping[int, SiteProfile]
+    prediction: Prediction | None = None
+    onboarding_s: float = 0.0
+
+    @property
+    def degraded(self) -> bool:
+        """Whether any batch misses the answer of a site that was asked."""
+        return any(report.degraded for report in self.reports)
+
+    @property
+    def n_queries(self) -> int:
+        """Queries answered."""
+        return sum(report.n_queries for report in self.reports)
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of all batches, without onboarding."""
+        return sum(report.seconds for report in self.reports)
+
+    @property
+    def reply_bytes_per_query(self) -> float:
+        """Payload bytes of all sites' replies together, for one query."""
+        return sum(report.reply_bytes for report in self.reports) / self.n_queries
+
+    def epsilon_total(self) -> float | None:
+        """Return the epsilon that one site spent on all rows together; None without `dp`."""
+        first = self.reports[0]
+        if first.epsilon_per_query is None or first.delta_per_query is None:
+            return None
+        from fedinfer_flower.privacy.base import make_protection
+        from fedinfer_flower.privacy.dp import DP
+
+        options = dict(self.combined.protection_options)
+        protection = make_protection(self.combined.protection, options)
+        return protection.total_epsilon(self.n_queries) if isinstance(protection, DP) else None
+
+    def summary(self) -> str:
+        """Return a tree of what happened, for a log or a terminal."""
+        first = self.reports[0]
+        failed = [
+            s for report in self.reports for s in report.sites if s.status is not SiteStatus.ANSWERED
+        ]
+        lines = [
+            f"InferenceResult: {self.n_queries} queries in {len(self.reports)} batches,"
+            f" {self.seconds:.2f} s",
+            f"├── rule: {first.rule} ({first.rule_reason})",
+            f"├── protection: {first.protection}",
+            f"├── sites: {len(first.sites)} asked, degraded: {'yes' if self.degraded else 'no'}",
+            f"├── bytes: {first.request_bytes} a request,"
+            f" {self.reply_bytes_per_query:.0f} of replies a query",
+        ]
+        if first.key_at_coordinator:
+            lines.append(
+                "├── WARNING: the coordinator held the secret key:"
+                f" {first.protection!r} protects nothing from the server"
+            )
+        total = self.epsilon_total()
+        if total is not None:
+            lines.append(
+                f"├── epsilon: {first.epsilon_per_query:g} a query and site,"
+                f" {total:.3g} for all {self.n_queries} queries (delta {first.delta_per_query:g})"
+            )
+        lines += [f"├── {s.status.value}: {s.name}: {s.error_code}" for s in failed[:10]]
+        opened = "opened here" if self.prediction is not None else "sealed for the querier"
+        lines.append(f"└── answer: {opened}")
+        return "\n".join(lines)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values for JSON: no scores, no labels."""
+        return {
+            "queries": self.n_queries,
+            "seconds": self.seconds,
+            "onboarding_s": self.onboarding_s,
+            "degraded": self.degraded,
+            "rule": self.reports[0].rule,
+            "rule_reason": self.reports[0].rule_reason,
+            "protection": self.reports[0].protection,
+            "reply_bytes_per_query": self.reply_bytes_per_query,
+            "epsilon_total": self.epsilon_total(),
+            "reports": [report.to_dict() for report in self.reports],
+            "profiles": {str(n): profile.to_dict() for n, profile in self.profiles.items()},
+        }

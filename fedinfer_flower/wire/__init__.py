@@ -1,0 +1,1 @@
+"""How queries and answers travel in Flower messages."""

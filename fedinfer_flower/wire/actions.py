@@ -1,0 +1,29 @@
+"""Flower message types of the package: ``query.fi_<verb>``, one identifier after the dot."""
+
+from __future__ import annotations
+
+__all__ = ["ACTIONS", "HELLO", "PING", "PREDICT", "PREFIX", "message_type"]
+
+PREFIX = "query.fi_"
+
+HELLO = "fi_hello"
+"""Onboarding: the site says what it knows about, and commits to it."""
+
+PREDICT = "fi_predict"
+"""One batch of queries; the reply carries protected scores."""
+
+PING = "fi_ping"
+"""Is the site's handler alive? Loads no model."""
+
+ACTIONS = (HELLO, PREDICT, PING)
+
+
+def message_type(action: str) -> str:
+    """Return Flower's message type of an action.
+
+    Examples
+    --------
+    >>> message_type(PREDICT)
+    'query.fi_predict'
+    """
+    return f"query.{action}"
