@@ -174,9 +174,7 @@ class SiteProfile:
         canonical = json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()
 
-    def aligned_counts(
-        self, classes: tuple[str, ...], kind: CountsKind
-    ) -> npt.NDArray[np.float64]:
+    def aligned_counts(self, classes: tuple[str, ...], kind: CountsKind) -> npt.NDArray[np.float64]:
         """Return class counts in the order of `classes`, 0.0 for absent ones.
 
         Parameters

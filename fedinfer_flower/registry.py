@@ -102,9 +102,10 @@ class Registry(Generic[T]):
         with self._lock:
             if self._loaded:
                 return
-            self._loaded = True
             home = importlib.import_module(self._package)
             for module in pkgutil.iter_modules(home.__path__):
                 importlib.import_module(f"{self._package}.{module.name}")
             for point in entry_points(group=self._group):
                 self.register(point.name)(point.load())
+            # Last: a module that fails to import must fail again on the next call.
+            self._loaded = True

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import numpy as np
-from fedinfer_flower.privacy.legality import require_legal
 
 from fedinfer_flower.clients.site_model import SiteModel
 from fedinfer_flower.ensemble.base import Array, EnsembleRule, Evidence
@@ -16,6 +15,7 @@ from fedinfer_flower.errors import (
     ProtectionRefusedError,
 )
 from fedinfer_flower.privacy.base import Protection, ScorePlan, key_id_of
+from fedinfer_flower.privacy.legality import require_legal
 from fedinfer_flower.wire.messages import Question
 
 __all__ = ["Consent", "answer_question"]

@@ -16,7 +16,6 @@ from fedinfer_flower.errors import (
     BindingError,
     CapacityError,
     EnvelopeError,
-    InvalidCiphertextError,
     InvalidValueError,
     KeyAtCoordinatorError,
     ProtectionRefusedError,
@@ -25,22 +24,18 @@ from fedinfer_flower.errors import (
 from fedinfer_flower.privacy import he_context
 from fedinfer_flower.privacy.base import PROTECTIONS, KeyPair, Protection, ScorePlan
 from fedinfer_flower.privacy.checks import ROUNDING_SLACK, check_scores, require_within
-from fedinfer_flower.privacy.ciphertext_gate import public_key_has_secret
+from fedinfer_flower.privacy.ciphertext_gate import packed_bytes
 from fedinfer_flower.privacy.fixed_point import FixedPoint
-from fedinfer_flower.privacy.he_context import Scheme, Vector
+from fedinfer_flower.privacy.he_context import Vector
+from fedinfer_flower.privacy.he_schemes import BFV, CKKS, SCHEMES, Scheme
 
 __all__ = ["HomomorphicEncryption", "ckks_tolerance"]
-
-_SCHEMES = {scheme.name: scheme for scheme in (he_context.BFV, he_context.CKKS)}
 
 _MAX_COHORT = 4096
 """Sums of this many ciphertexts were measured exact, and are far from the noise limit."""
 
-_MAX_PUBLIC_KEY_BYTES = 72 * 1024
-
 # Magic, version, scheme, reserved, number of values, SHA-256 of the public key.
 _HEADER = struct.Struct("<3sBBBI32s")
-_LENGTH = struct.Struct("<I")
 _MAGIC, _VERSION = b"FHE", 1
 
 _CKKS_HALF_RANGE = 8192.0
@@ -73,8 +68,8 @@ class HomomorphicEncryption(Protection):
     Parameters
     ----------
     scheme : str
-        ``"bfv"``: integers on a fixed-point grid, exact on it, 3.0 times the bytes of
-        float32 (256 x 1000 scores). ``"ckks"``: approximate reals, 6.0 times the bytes,
+        ``"bfv"``: integers on a fixed-point grid, exact on it, 2.5 times the bytes of
+        float32 (256 x 1000 scores). ``"ckks"``: approximate reals, 5.0 times the bytes,
         error within `ckks_tolerance`.
 
     Raises
@@ -128,17 +123,17 @@ class HomomorphicEncryption(Protection):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.scheme not in _SCHEMES:
+        if self.scheme not in SCHEMES:
             raise InvalidValueError(
                 f"protection 'he' has no scheme {self.scheme[:32]!r}",
-                hint=f"schemes: {', '.join(_SCHEMES)}",
+                hint=f"schemes: {', '.join(SCHEMES)}",
             )
 
     def payload_bytes(self, plan: ScorePlan, n_queries: int) -> int:
-        """Return a bound that holds for uncompressed ciphertexts too; honest ones are smaller."""
-        scheme = _SCHEMES[self.scheme]
+        """Return the exact size: 20,480 bytes a ciphertext, and a header."""
+        scheme = SCHEMES[self.scheme]
         n_chunks = -(-n_queries * plan.width // scheme.slots)
-        return _HEADER.size + n_chunks * (_LENGTH.size + scheme.message_bytes)
+        return _HEADER.size + n_chunks * packed_bytes(scheme.ciphertext_primes)
 
     def site_side(self, plan: ScorePlan, *, public_key: bytes) -> _HeSite:
         """Build the site's side around the querier's public key.
@@ -146,15 +141,15 @@ class HomomorphicEncryption(Protection):
         Raises
         ------
         ProtectionRefusedError
-            If the key comes with its secret: then whoever relayed it reads every answer.
+            If it is the secret key: then whoever relayed it reads every answer.
         ProtocolError
             If the bytes are no public key of this scheme.
         CapacityError
             If the cohort does not fit the scheme.
         """
-        if _carries_secret(public_key):
+        if he_context.holds_secret(public_key):
             raise ProtectionRefusedError(
-                "the key that came with the query holds a secret key",
+                "the key that came with the query is a secret key",
                 hint="the querier sends KeyPair.public_key only, and makes new keys",
             )
         return _HeSite(_Frame(self, plan, public_key))
@@ -172,22 +167,22 @@ class HomomorphicEncryption(Protection):
         Raises
         ------
         KeyAtCoordinatorError
-            If the key comes with its secret.
+            If it is the secret key.
         ProtocolError
             If the bytes are no public key of this scheme.
         CapacityError
             If the cohort does not fit the scheme.
         """
-        if _carries_secret(public_key):
+        if he_context.holds_secret(public_key):
             raise KeyAtCoordinatorError(
-                "the public key at the coordinator holds the secret key",
+                "the key handed to the coordinator is the secret key",
                 hint="hand over KeyPair.public_key only, and make new keys",
             )
         return _HeCoordinator(_Frame(self, plan, public_key), n_queries)
 
     def make_keys(self) -> KeyPair:
-        """Make a fresh key pair at the querier; 35 KB public, about 10 ms."""
-        public, secret = he_context.new_keys(_SCHEMES[self.scheme])
+        """Make a fresh key pair at the querier; 29 KB public, about 10 ms."""
+        public, secret = he_context.new_keys(SCHEMES[self.scheme])
         return KeyPair(public_key=public, secret_key=secret)
 
     def querier_side(self, plan: ScorePlan, *, keys: KeyPair) -> _HeQuerier:
@@ -195,66 +190,57 @@ class HomomorphicEncryption(Protection):
         return _HeQuerier(_Frame(self, plan, keys.public_key), keys)
 
 
-def _carries_secret(public_key: bytes) -> bool:
-    """Check the length of key bytes, and look for a private part before they are loaded."""
-    if len(public_key) > _MAX_PUBLIC_KEY_BYTES:
-        raise SizeLimitError(f"a public key has at most {_MAX_PUBLIC_KEY_BYTES} bytes")
-    try:
-        return public_key_has_secret(public_key)
-    except InvalidCiphertextError:
-        raise EnvelopeError("the public key is malformed") from None
-
-
 class _Frame:
     """What the three sides share: codec, key id, and how ciphertexts are laid out in bytes.
 
-    A header, then each ciphertext with its length in front. Values are the scores in row
-    order, packed full; how many there are follows from the plan and the batch.
+    A header, then the ciphertexts, all of one size. Values are the scores in row order,
+    packed full; how many there are follows from the plan and the batch.
     """
 
     def __init__(self, protection: HomomorphicEncryption, plan: ScorePlan, public: bytes) -> None:
         self.protection = protection
         self.plan = plan
-        self.scheme: Scheme = _SCHEMES[protection.scheme]
+        self.scheme: Scheme = SCHEMES[protection.scheme]
         self._key_digest = hashlib.sha256(public).digest()
         _check_cohort_size(protection, plan, self.scheme)
         self.codec: FixedPoint | None = None
-        if self.scheme is he_context.BFV:
+        if self.scheme is BFV:
             self.codec = FixedPoint.fitted(
                 clip=plan.bound,
                 n_sites_max=plan.n_sites_max,
                 modulus=self.scheme.plain_modulus,
             )
+        if len(public) > he_context.public_key_bytes(self.scheme):
+            most = he_context.public_key_bytes(self.scheme)
+            raise SizeLimitError(f"a public key has {most} bytes, got {len(public)}")
         self.context = he_context.load_public(public, self.scheme)
 
     def sizes(self, n_queries: int) -> list[int]:
         """Return the number of values in each ciphertext of a batch."""
-        n_values = n_queries * self.plan.width
-        full, rest = divmod(n_values, self.scheme.slots)
+        full, rest = divmod(n_queries * self.plan.width, self.scheme.slots)
         return [self.scheme.slots] * full + ([rest] if rest else [])
 
-    def write(self, n_queries: int, messages: Iterator[bytes]) -> bytes:
-        """Lay out one ciphertext after the other."""
+    def write(self, n_queries: int, ciphertexts: Iterator[bytes]) -> bytes:
+        """Lay out packed ciphertexts one after the other."""
         n_values = n_queries * self.plan.width
-        parts = [
-            _HEADER.pack(_MAGIC, _VERSION, self.scheme.code, 0, n_values, self._key_digest),
-        ]
-        for message in messages:
-            parts += [_LENGTH.pack(len(message)), message]
-        return b"".join(parts)
+        header = _HEADER.pack(_MAGIC, _VERSION, self.scheme.code, 0, n_values, self._key_digest)
+        return b"".join([header, *ciphertexts])
 
     def read(self, data: bytes | memoryview, n_queries: int, context: Any) -> list[Vector]:
-        """Check the whole layout, then load every ciphertext, each through the gate."""
-        messages = self._split(memoryview(data), n_queries)
+        """Check the layout, then load every ciphertext, each through the gate."""
+        data = memoryview(data)
+        self._check_layout(data, n_queries)
+        step = packed_bytes(self.scheme.ciphertext_primes)
+        starts = range(_HEADER.size, len(data), step)
         return [
-            he_context.load_ciphertext(context, self.scheme, message, n_values)
-            for message, n_values in zip(messages, self.sizes(n_queries), strict=True)
+            he_context.read_vector(context, self.scheme, data[start : start + step], n_values)
+            for start, n_values in zip(starts, self.sizes(n_queries), strict=True)
         ]
 
-    def _split(self, data: memoryview, n_queries: int) -> list[memoryview]:
-        most = self.protection.payload_bytes(self.plan, n_queries)
-        if len(data) > most:
-            raise SizeLimitError(f"a payload of this batch has at most {most} bytes")
+    def _check_layout(self, data: memoryview, n_queries: int) -> None:
+        expected = self.protection.payload_bytes(self.plan, n_queries)
+        if len(data) > expected:
+            raise SizeLimitError(f"a payload of this batch has {expected} bytes, got {len(data)}")
         if len(data) < _HEADER.size:
             raise EnvelopeError("the payload ends within its header")
         magic, version, code, reserved, n_values, digest = _HEADER.unpack_from(data)
@@ -265,23 +251,8 @@ class _Frame:
         # Ciphertexts under two keys add up without an error, to noise.
         if digest != self._key_digest:
             raise BindingError("the payload was encrypted under another key")
-        return self._messages(data, len(self.sizes(n_queries)))
-
-    def _messages(self, data: memoryview, n_chunks: int) -> list[memoryview]:
-        found = []
-        at = _HEADER.size
-        for _ in range(n_chunks):
-            if at + _LENGTH.size > len(data):
-                raise EnvelopeError("the payload ends before its last ciphertext")
-            (length,) = _LENGTH.unpack_from(data, at)
-            at += _LENGTH.size
-            if length > self.scheme.message_bytes or at + length > len(data):
-                raise EnvelopeError("a ciphertext's length is impossible")
-            found.append(data[at : at + length])
-            at += length
-        if at != len(data):
-            raise EnvelopeError("bytes follow the last ciphertext")
-        return found
+        if len(data) != expected:
+            raise EnvelopeError(f"a payload of this batch has {expected} bytes, got {len(data)}")
 
 
 def _check_cohort_size(protection: Protection, plan: ScorePlan, scheme: Scheme) -> None:
@@ -293,7 +264,7 @@ def _check_cohort_size(protection: Protection, plan: ScorePlan, scheme: Scheme) 
             hint="ask more sites; the sum of one or two tells too much about each",
         )
     most = _MAX_COHORT
-    if scheme is he_context.CKKS:
+    if scheme is CKKS:
         # One unit below half the range is room for decryption errors of any such cohort.
         room = (_CKKS_HALF_RANGE - 1.0) / (plan.bound * (1.0 + ROUNDING_SLACK))
         most = min(most, math.floor(room))
@@ -342,20 +313,15 @@ class _HeCoordinator:
         vectors = self._frame.read(payload, self._n_queries, self._frame.context)
         if self._sum:
             # A new list, put in place only when every addition has worked.
-            vectors = [_added(a, b) for a, b in zip(self._sum, vectors, strict=True)]
+            vectors = [he_context.add(a, b) for a, b in zip(self._sum, vectors, strict=True)]
         self._sum = vectors
         self.n_sites += 1
 
     def total(self) -> bytes:
         self._frame.protection.require_cohort(self.n_sites)
-        return self._frame.write(self._n_queries, (v.serialize() for v in self._sum))
-
-
-def _added(one: Vector, other: Vector) -> Vector:
-    try:
-        return one + other
-    except (ValueError, RuntimeError):
-        raise InvalidCiphertextError("a ciphertext could not be added") from None
+        scheme = self._frame.scheme
+        packed = (he_context.pack_vector(vector, scheme) for vector in self._sum)
+        return self._frame.write(self._n_queries, packed)
 
 
 class _HeQuerier:
@@ -363,7 +329,7 @@ class _HeQuerier:
 
     def __init__(self, frame: _Frame, keys: KeyPair) -> None:
         self._frame = frame
-        self._context = he_context.load_secret(keys.secret_key, frame.scheme)
+        self._context = he_context.load_secret(keys.secret_key, keys.public_key, frame.scheme)
 
     def __repr__(self) -> str:
         return f"<he querier side, scheme {self._frame.scheme.name}, secret key hidden>"

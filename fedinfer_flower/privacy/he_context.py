@@ -1,100 +1,70 @@
-"""The only module that talks to TenSEAL: schemes, keys, and one ciphertext at a time.
+"""The only module that talks to TenSEAL: keys, and one ciphertext at a time.
 
 Contexts are made with one thread: a forked process hangs in TenSEAL's pool otherwise. A
-context is made in the process that uses it; only bytes travel. Values are encrypted one
-ciphertext at a time, packed full.
+context is made in the process that uses it; only bytes travel, and those of other roles
+reach TenSEAL through `ciphertext_gate` alone.
 """
 
 from __future__ import annotations
 
 import functools
+import operator
 import os
-from dataclasses import dataclass
+import struct
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any, Protocol
 
-from fedinfer_flower.errors import BindingError, EnvelopeError, InvalidCiphertextError
+import numpy as np
+
+from fedinfer_flower.errors import (
+    BindingError,
+    EnvelopeError,
+    InvalidCiphertextError,
+    MissingExtraError,
+)
 from fedinfer_flower.privacy.base import optional_module
-from fedinfer_flower.privacy.ciphertext_gate import check_ciphertext, check_public_key
+from fedinfer_flower.privacy.ciphertext_gate import (
+    Residues,
+    native_context,
+    native_vector,
+    pack_polynomials,
+    packed_bytes,
+    read_polynomials,
+)
+from fedinfer_flower.privacy.he_schemes import BFV, DEGREE, Scheme
 
 __all__ = [
-    "BFV",
-    "CKKS",
-    "Scheme",
     "Vector",
+    "add",
     "decrypt",
     "encrypt",
-    "load_ciphertext",
+    "holds_secret",
     "load_public",
     "load_secret",
     "new_keys",
+    "pack_vector",
+    "public_key_bytes",
+    "read_vector",
 ]
 
-_DEGREE = 2048
-_COEFF_BITS = [40, 14]
-"""128-bit security allows 54 bits at degree 2048 (homomorphicencryption.org standard, table
-1). TenSEAL always makes relinearisation keys, which take a second prime; ciphertexts carry
-only the first."""
+# Kind of key ("FHP" or "FHS"), version, scheme, reserved.
+_KEY_HEADER = struct.Struct("<3sBBB")
+_PUBLIC, _SECRET, _VERSION = b"FHP", b"FHS", 1
 
-_PRIME_BYTES = 8
+_CIPHERTEXT_SIZE = 2 * DEGREE
+_KEY_SIZE = 4 * DEGREE
 
-
-@dataclass(frozen=True)
-class Scheme:
-    """Fixed parameters of one encryption scheme; not negotiable, so never downgraded.
-
-    Parameters
-    ----------
-    name : str
-    code : int
-        Its number in messages.
-    slots : int
-        Values in one ciphertext.
-    scale : float, optional
-        CKKS scale; None for BFV.
-    plain_modulus : int
-        BFV plaintext modulus; 0 for CKKS.
-    """
-
-    name: str
-    code: int
-    slots: int
-    scale: float | None
-    plain_modulus: int
-
-    @property
-    def ciphertext_bytes(self) -> int:
-        """Most bytes of one ciphertext: two polynomials, uncompressed, with headers."""
-        return 2 * _DEGREE * _PRIME_BYTES + 512
-
-    @property
-    def message_bytes(self) -> int:
-        """Most bytes of one serialised vector of one ciphertext."""
-        return self.ciphertext_bytes + 32
-
-    @property
-    def public_key_bytes(self) -> int:
-        """Most bytes of a public key: two polynomials of all primes, uncompressed."""
-        return 2 * _DEGREE * _PRIME_BYTES * len(_COEFF_BITS) + 1024
-
-
-BFV = Scheme(name="bfv", code=1, slots=_DEGREE, scale=None, plain_modulus=67104769)
-"""Integers, exact. The modulus is the largest 26-bit prime that is 1 modulo 4096, as packing
-needs. The sum of 4096 ciphertexts stays 12 standard deviations of its own noise away from a
-wrong decryption."""
-
-CKKS = Scheme(name="ckks", code=2, slots=_DEGREE // 2, scale=2.0**26, plain_modulus=0)
-"""Approximate reals; wraps around silently beyond ``2**40 / (2 * 2**26) = 8192``."""
+# What pybind11 makes of the library's exceptions. Their texts are not passed on: they may
+# describe the content.
+_NATIVE_ERRORS = (ValueError, RuntimeError, TypeError, IndexError)
 
 
 class Vector(Protocol):
     """One ciphertext as TenSEAL wraps it."""
 
     def serialize(self) -> bytes:
-        """Return the vector's bytes."""
-
-    def __add__(self, other: Vector) -> Vector:
-        """Add value by value, under encryption."""
+        """Return TenSEAL's own bytes."""
 
 
 def _tenseal() -> ModuleType:
@@ -103,12 +73,11 @@ def _tenseal() -> ModuleType:
 
 def _new_context(scheme: Scheme) -> Any:
     ts = _tenseal()
-    kind = ts.SCHEME_TYPE.BFV if scheme is BFV else ts.SCHEME_TYPE.CKKS
     context = ts.context(
-        kind,
-        poly_modulus_degree=_DEGREE,
+        ts.SCHEME_TYPE.BFV if scheme is BFV else ts.SCHEME_TYPE.CKKS,
+        poly_modulus_degree=DEGREE,
         plain_modulus=scheme.plain_modulus,
-        coeff_mod_bit_sizes=_COEFF_BITS,
+        coeff_mod_bit_sizes=[prime.value.bit_length() for prime in scheme.key_primes],
         n_threads=1,
     )
     if scheme.scale is not None:
@@ -116,45 +85,92 @@ def _new_context(scheme: Scheme) -> Any:
     return context
 
 
-def new_keys(scheme: Scheme) -> tuple[bytes, bytes]:
-    """Make a fresh key pair; return (public, secret) bytes.
+@functools.cache
+def _first(size: int) -> operator.itemgetter[Any]:
+    return operator.itemgetter(*range(size))
 
-    The public bytes hold parameters and the public key, no secret and no evaluation keys.
-    They are serialised without the secret rather than made by dropping it: TenSEAL's
-    `make_context_public` leaves a working decryptor in the object.
-    """
-    context = _new_context(scheme)
-    keep: dict[str, bool] = {"save_relin_keys": False, "save_galois_keys": False}
-    public = context.serialize(save_secret_key=False, **keep)
-    secret = context.serialize(save_secret_key=True, **keep)
-    return public, secret
+
+def _residues(polynomials: Any, size: int) -> Residues:
+    """Copy the residues out of a SEAL ciphertext, one by one: it offers no array."""
+    return np.array(_first(size)(polynomials), dtype=np.uint64)
+
+
+def _public_residues(context: Any) -> Residues:
+    key = context.public_key().data  # must outlive the view of its data
+    return _residues(key.data(), _KEY_SIZE)
 
 
 @functools.cache
-def _parameter_ids(scheme: Scheme) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Return SEAL's hashes of the agreed parameters, at key level and at ciphertext level."""
-    seal = _new_context(scheme).seal_context().data
-    return tuple(seal.key_parms_id()), tuple(seal.first_parms_id())
+def _native_version(scheme: Scheme) -> tuple[int, int]:
+    """Return SEAL's version, after a check that it reads what we write.
 
-
-def _load_context(serialized: bytes, scheme: Scheme) -> Any:
+    Raises
+    ------
+    MissingExtraError
+        If this TenSEAL stores ciphertexts in another way than the releases we support.
+    """
+    context = _new_context(scheme)
+    own = context.serialize(save_secret_key=True, save_relin_keys=False, save_galois_keys=False)
+    header = own.find(b"\x5e\xa1\x10")
+    version = (own[header + 3], own[header + 4])
     try:
-        context = _tenseal().context_from(serialized, 1)
-        key_id = tuple(context.seal_context().data.key_parms_id())
-    except (ValueError, RuntimeError, TypeError, IndexError):
-        raise EnvelopeError("the key bytes are not a TenSEAL context") from None
-    # A relay could swap in weaker parameters, or a modulus that makes sums wrap.
-    if key_id != _parameter_ids(scheme)[0]:
-        raise BindingError(f"the key has other parameters than scheme {scheme.name!r}")
-    return context
+        loaded = _tenseal().context_from(
+            native_context(_public_residues(context), scheme, version=version), 1
+        )
+        sent = read_polynomials(encrypt(loaded, scheme, [5, -6]), scheme.ciphertext_primes)
+        message = native_vector(sent, scheme, n_values=2, version=version)
+        opened = decrypt(_reader(scheme)(context, message))
+    except (InvalidCiphertextError, *_NATIVE_ERRORS):
+        opened = []
+    if [round(number) for number in opened] != [5, -6]:
+        raise MissingExtraError(
+            "the installed TenSEAL stores ciphertexts in a way that this release does not know",
+            hint="pip install 'fedinfer-flower[he]' for a version that fits",
+        )
+    return version
 
 
-@functools.lru_cache(maxsize=8)
-def _cached_public(public_key: bytes, scheme: Scheme, process: int) -> Any:  # noqa: ARG001
-    context = _load_context(public_key, scheme)
-    if context.is_private() or not context.has_public_key():
-        raise EnvelopeError("the key bytes hold something else than one public key")
-    return context
+def public_key_bytes(scheme: Scheme) -> int:
+    """Return the exact size of a public key.
+
+    Examples
+    --------
+    >>> public_key_bytes(BFV)
+    28678
+    """
+    return _KEY_HEADER.size + packed_bytes(scheme.key_primes)
+
+
+def new_keys(scheme: Scheme) -> tuple[bytes, bytes]:
+    """Make a fresh key pair; return (public, secret) bytes.
+
+    The public bytes are packed from the public key's numbers alone. TenSEAL's own way of
+    dropping the secret, `make_context_public`, leaves a working decryptor in the object.
+    """
+    _native_version(scheme)
+    context = _new_context(scheme)
+    packed = pack_polynomials(_public_residues(context), scheme.key_primes)
+    secret = context.serialize(save_secret_key=True, save_relin_keys=False, save_galois_keys=False)
+    return (
+        _KEY_HEADER.pack(_PUBLIC, _VERSION, scheme.code, 0) + packed,
+        _KEY_HEADER.pack(_SECRET, _VERSION, scheme.code, 0) + secret,
+    )
+
+
+def holds_secret(key: bytes) -> bool:
+    """Tell whether key bytes are those of a secret key."""
+    return key[: len(_SECRET)] == _SECRET
+
+
+def _key_body(key: bytes, kind: bytes, scheme: Scheme) -> memoryview:
+    if len(key) < _KEY_HEADER.size:
+        raise EnvelopeError("the key is missing or cut short")
+    found, version, code, reserved = _KEY_HEADER.unpack_from(key)
+    if (found, version, reserved) != (kind, _VERSION, 0):
+        raise EnvelopeError("the bytes are no key of this kind")
+    if code != scheme.code:
+        raise BindingError(f"the key is of another scheme than {scheme.name!r}")
+    return memoryview(key)[_KEY_HEADER.size :]
 
 
 def load_public(public_key: bytes, scheme: Scheme) -> Any:
@@ -165,77 +181,95 @@ def load_public(public_key: bytes, scheme: Scheme) -> Any:
     EnvelopeError
         If the bytes are not exactly a public key.
     BindingError
-        If the key has other parameters than the scheme.
+        If the key is of another scheme.
     """
-    written_scale = -1.0 if scheme.scale is None else scheme.scale
-    try:
-        check_public_key(public_key, scale=written_scale, most_bytes=scheme.public_key_bytes)
-    except InvalidCiphertextError as refused:
-        raise EnvelopeError(f"the public key is malformed: {refused.message}") from None
     # By process, because a context must not be used on the other side of a fork.
     return _cached_public(public_key, scheme, os.getpid())
 
 
-def load_secret(secret_key: bytes, scheme: Scheme) -> Any:
+@functools.lru_cache(maxsize=8)
+def _cached_public(public_key: bytes, scheme: Scheme, process: int) -> Any:  # noqa: ARG001
+    body = _key_body(public_key, _PUBLIC, scheme)
+    try:
+        residues = read_polynomials(body, scheme.key_primes)
+        message = native_context(residues, scheme, version=_native_version(scheme))
+        context = _tenseal().context_from(message, 1)
+    except (InvalidCiphertextError, *_NATIVE_ERRORS):
+        raise EnvelopeError("the public key is malformed") from None
+    return context
+
+
+def load_secret(secret_key: bytes, public_key: bytes, scheme: Scheme) -> Any:
     """Load the querier's own secret key.
 
     Raises
     ------
     EnvelopeError
-        If the bytes are not a secret key.
+        If the bytes are no secret key.
     BindingError
-        If the key has other parameters than the scheme.
+        If the key is of another scheme, or the two keys are no pair.
     """
-    context = _load_context(secret_key, scheme)
-    if not context.is_private():
-        raise EnvelopeError("the querier's secret key bytes hold no secret key")
+    body = _key_body(secret_key, _SECRET, scheme)
+    try:
+        context = _tenseal().context_from(bytes(body), 1)
+        ours = pack_polynomials(_public_residues(context), scheme.key_primes)
+        is_private = context.is_private()
+    except _NATIVE_ERRORS:
+        raise EnvelopeError("the querier's secret key is malformed") from None
+    if not is_private or ours != public_key[_KEY_HEADER.size :]:
+        raise BindingError("the querier's public and secret key are no pair")
     return context
 
 
-def _vector_functions(scheme: Scheme) -> tuple[Any, Any]:
+def _reader(scheme: Scheme) -> Any:
     ts = _tenseal()
-    if scheme is BFV:
-        return ts.bfv_vector, ts.bfv_vector_from
-    return ts.ckks_vector, ts.ckks_vector_from
+    return ts.bfv_vector_from if scheme is BFV else ts.ckks_vector_from
 
 
-def encrypt(context: Any, scheme: Scheme, values: list[int] | list[float]) -> bytes:
-    """Encrypt at most `scheme.slots` values into one ciphertext, and serialise it."""
-    make, _ = _vector_functions(scheme)
-    return bytes(make(context, values).serialize())
+def encrypt(context: Any, scheme: Scheme, values: Sequence[float]) -> bytes:
+    """Encrypt at most `scheme.slots` values into one ciphertext, and pack it."""
+    ts = _tenseal()
+    make = ts.bfv_vector if scheme is BFV else ts.ckks_vector
+    return pack_vector(make(context, values), scheme)
 
 
-def load_ciphertext(
-    context: Any, scheme: Scheme, message: bytes | memoryview, n_values: int
-) -> Vector:
-    """Pass bytes through the gate, load them, and check what was loaded.
+def pack_vector(vector: Vector, scheme: Scheme) -> bytes:
+    """Pack a ciphertext for another role."""
+    (polynomials,) = vector.ciphertext()  # type: ignore[attr-defined]
+    return pack_polynomials(_residues(polynomials, _CIPHERTEXT_SIZE), scheme.ciphertext_primes)
+
+
+def read_vector(context: Any, scheme: Scheme, packed: memoryview, n_values: int) -> Vector:
+    """Pass a packed ciphertext through the gate, and load it.
 
     Raises
     ------
     InvalidCiphertextError
-        If they are not one ciphertext of `n_values` values under this scheme.
+        If it is not one ciphertext of this scheme.
     """
-    check_ciphertext(
-        message, n_values=n_values, scale=scheme.scale, most_bytes=scheme.ciphertext_bytes
-    )
-    _, read = _vector_functions(scheme)
+    residues = read_polynomials(packed, scheme.ciphertext_primes)
+    version = _native_version(scheme)
+    message = native_vector(residues, scheme, n_values=n_values, version=version)
     try:
-        vector: Vector = read(context, bytes(message))
-        (ciphertext,) = vector.ciphertext()  # type: ignore[attr-defined]
-        sound = (
-            ciphertext.size() == 2
-            and tuple(ciphertext.parms_id()) == _parameter_ids(scheme)[1]
-            and ciphertext.is_ntt_form() == (scheme is CKKS)
-            and ciphertext.scale == (scheme.scale or 1.0)
-            # "Transparent" is SEAL's word for a message that anyone can read.
-            and not ciphertext.is_transparent()
-        )
-    except (ValueError, RuntimeError, TypeError, IndexError):
-        # The library's text is not passed on: it may describe the content.
+        vector: Vector = _reader(scheme)(context, message)
+    except _NATIVE_ERRORS:
         raise InvalidCiphertextError("a ciphertext could not be loaded") from None
-    if not sound:
-        raise InvalidCiphertextError("a ciphertext has other parameters than agreed")
     return vector
+
+
+def add(one: Vector, other: Vector) -> Vector:
+    """Add two ciphertexts under the same key, value by value, into a new one.
+
+    Raises
+    ------
+    InvalidCiphertextError
+        If the library refuses, as it does if the sum would hide nothing.
+    """
+    try:
+        total: Vector = one + other  # type: ignore[operator]
+    except _NATIVE_ERRORS:
+        raise InvalidCiphertextError("a ciphertext could not be added") from None
+    return total
 
 
 def decrypt(vector: Vector) -> list[float]:
@@ -248,5 +282,5 @@ def decrypt(vector: Vector) -> list[float]:
     """
     try:
         return list(vector.decrypt())  # type: ignore[attr-defined]
-    except (ValueError, RuntimeError, TypeError, IndexError):
+    except _NATIVE_ERRORS:
         raise InvalidCiphertextError("a ciphertext could not be decrypted") from None

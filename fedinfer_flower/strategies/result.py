@@ -73,7 +73,10 @@ class InferenceResult:
         """Return a tree of what happened, for a log or a terminal."""
         first = self.reports[0]
         failed = [
-            s for report in self.reports for s in report.sites if s.status is not SiteStatus.ANSWERED
+            s
+            for report in self.reports
+            for s in report.sites
+            if s.status is not SiteStatus.ANSWERED
         ]
         lines = [
             f"InferenceResult: {self.n_queries} queries in {len(self.reports)} batches,"

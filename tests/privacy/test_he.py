@@ -11,6 +11,7 @@ from fedinfer_flower.errors import (
     BindingError,
     CapacityError,
     EnvelopeError,
+    InvalidCiphertextError,
     InvalidScoresError,
     InvalidValueError,
     KeyAtCoordinatorError,
@@ -19,8 +20,9 @@ from fedinfer_flower.errors import (
     ProtocolError,
     SizeLimitError,
 )
-from fedinfer_flower.privacy import ScorePlan, base, he_context
+from fedinfer_flower.privacy import KeyPair, ScorePlan, base, he_context
 from fedinfer_flower.privacy.he import HomomorphicEncryption, ckks_tolerance
+from fedinfer_flower.privacy.he_schemes import SCHEMES
 
 RULE = RULES.get("mean-probability")()
 
@@ -137,33 +139,38 @@ def test_secret_key_in_the_wrong_place_is_refused() -> None:
 
 def test_key_bytes_that_are_no_key_are_refused() -> None:
     he, plan = HomomorphicEncryption(), plan_of(3)
-    for bad in (b"", b"\0", b"key", b"\xff" * 100, he.make_keys().public_key[:-1]):
+    public = he.make_keys().public_key
+    beyond_prime = public[:-2] + b"\xff\xff"
+    for bad in (b"", b"\0", b"key", b"\xff" * 100, public[:-1], b"X" + public[1:], beyond_prime):
         with pytest.raises(EnvelopeError):
             he.site_side(plan, public_key=bad)
-    with pytest.raises(SizeLimitError):
-        he.site_side(plan, public_key=bytes(10**6))
-    public = he.make_keys().public_key
-    with pytest.raises(EnvelopeError, match="no secret key"):
-        he_context.load_secret(public, he_context.BFV)
+        with pytest.raises(EnvelopeError):
+            he.coordinator_side(plan, n_queries=1, rule=RULE, public_key=bad)
+    for bad in (public + b"\0", bytes(10**6)):
+        with pytest.raises(SizeLimitError):
+            he.site_side(plan, public_key=bad)
 
 
-@pytest.mark.parametrize(
-    ("degree", "bits", "modulus"), [(4096, [40, 40], 67104769), (2048, [40, 14], 40961)]
-)
-def test_key_of_other_parameters_is_refused(degree: int, bits: list[int], modulus: int) -> None:
-    import tenseal as ts
+def test_keys_that_are_no_pair_are_refused() -> None:
+    he, plan = HomomorphicEncryption(), plan_of(3)
+    one, other = he.make_keys(), he.make_keys()
+    with pytest.raises(BindingError, match="no pair"):
+        he.querier_side(plan, keys=KeyPair(public_key=one.public_key, secret_key=other.secret_key))
+    for secret in (b"", one.public_key, one.secret_key[:100], b"FHS\x01\x01\x00"):
+        with pytest.raises(EnvelopeError):
+            he.querier_side(plan, keys=KeyPair(public_key=one.public_key, secret_key=secret))
 
-    context = ts.context(
-        ts.SCHEME_TYPE.BFV,
-        degree,
-        plain_modulus=modulus,
-        coeff_mod_bit_sizes=bits,
-        n_threads=1,
-    )
-    public = context.serialize(save_secret_key=False, save_relin_keys=False, save_galois_keys=False)
-    # Larger keys do not get so far as to be loaded.
-    with pytest.raises((BindingError, SizeLimitError, EnvelopeError)):
-        HomomorphicEncryption().site_side(plan_of(3), public_key=public)
+
+def test_public_context_at_a_site_cannot_decrypt() -> None:
+    for scheme in SCHEMES.values():
+        public, _ = he_context.new_keys(scheme)
+        context = he_context.load_public(public, scheme)
+        assert not context.is_private()
+        assert not context.has_relin_keys()
+        assert not context.has_galois_keys()
+        packed = memoryview(he_context.encrypt(context, scheme, [1]))
+        with pytest.raises(InvalidCiphertextError):
+            he_context.decrypt(he_context.read_vector(context, scheme, packed, 1))
 
 
 def test_sum_beyond_what_the_sites_can_send_does_not_open() -> None:

@@ -1,0 +1,75 @@
+"""The querier's state between asking and opening: one file, readable by its owner alone."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fedinfer_flower.errors import EnvelopeError, InvalidValueError
+from fedinfer_flower.privacy.base import KeyPair, Protection, make_protection
+
+__all__ = ["read_secret", "write_secret"]
+
+Asked = Mapping[str, tuple[tuple[str, int], ...]]
+
+
+def write_secret(path: Path, *, protection: Protection, keys: KeyPair, asked: Asked) -> None:
+    """Write state with mode 0600; an existing file is not overwritten.
+
+    Raises
+    ------
+    InvalidValueError
+        If the file exists: it may hold the only key to an answer.
+    """
+    state = {
+        "version": 1,
+        "protection": protection.name,
+        "options": dict(protection.options()),
+        "public": base64.b64encode(keys.public_key).decode(),
+        "secret": base64.b64encode(keys.secret_key).decode(),
+        "asked": {job: [list(batch) for batch in batches] for job, batches in asked.items()},
+    }
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    except FileExistsError as exc:
+        raise InvalidValueError(
+            f"{path} exists and may hold the only key to an answer",
+            hint="choose another file, or delete it yourself",
+        ) from exc
+    with os.fdopen(descriptor, "w") as file:
+        json.dump(state, file)
+
+
+def read_secret(path: Path) -> tuple[Protection, KeyPair, Asked]:
+    """Read what `write_secret` wrote.
+
+    Raises
+    ------
+    InvalidValueError
+        If others than the owner may read the file.
+    EnvelopeError
+        If it is not such a file.
+    """
+    if os.name == "posix" and path.stat().st_mode & 0o077:
+        raise InvalidValueError(
+            f"{path} can be read by others than its owner", hint=f"chmod 600 {path}"
+        )
+    try:
+        state: dict[str, Any] = json.loads(path.read_text())
+        keys = KeyPair(
+            public_key=base64.b64decode(state["public"], validate=True),
+            secret_key=base64.b64decode(state["secret"], validate=True),
+        )
+        asked = {
+            str(job): tuple((str(q), int(n)) for q, n in batches)
+            for job, batches in state["asked"].items()
+        }
+        return make_protection(state["protection"], state["options"]), keys, asked
+    except (KeyError, TypeError, ValueError, AttributeError, binascii.Error):
+        # The cause would quote the file, which holds a key.
+        raise EnvelopeError(f"{path} is not a querier's file") from None

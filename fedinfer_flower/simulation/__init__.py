@@ -1,0 +1,1 @@
+"""Simulation: an in-process grid, data, partitions, and Flower's own engine."""

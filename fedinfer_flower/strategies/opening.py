@@ -1,0 +1,72 @@
+"""Where the coordinator is its own querier: arrays in, predictions out.
+
+A protection without a key hides nothing from the coordinator that opening would reveal,
+so an array of queries may be asked and opened here. A protection with a key may not,
+unless the user says so.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from fedinfer_flower.errors import BindingError, InvalidValueError, KeyAtCoordinatorError
+from fedinfer_flower.querier.querier import Querier
+from fedinfer_flower.query import Prediction
+from fedinfer_flower.wire.documents import CombinedAnswer, QueryJob
+
+if TYPE_CHECKING:
+    from fedinfer_flower.strategies.fed_ensemble import FedEnsemble
+
+__all__ = ["job_for", "open_here"]
+
+
+def job_for(
+    queries: npt.NDArray[np.generic] | QueryJob, strategy: FedEnsemble
+) -> tuple[QueryJob, Querier | None]:
+    """Return (job, querier that can open it here, or None).
+
+    Raises
+    ------
+    KeyAtCoordinatorError
+        If an array is asked under a protection with a key.
+    BindingError
+        If a job wants another protection than the strategy gives.
+    """
+    protection = strategy.protection
+    if isinstance(queries, QueryJob):
+        wanted = (queries.protection, dict(queries.protection_options))
+        if wanted != (protection.name, dict(protection.options())):
+            raise BindingError(
+                f"the job asks for protection {wanted[0]!r}, the strategy gives"
+                f" {protection.name!r} or other options of it",
+                hint="build querier and strategy with the same protection and options",
+            )
+        return queries, None
+    if isinstance(queries, Querier):
+        raise KeyAtCoordinatorError(
+            "start() was given a Querier: its secrets must not meet the coordinator",
+            hint="pass what querier.ask(...) returns",
+        )
+    if protection.needs_key and not strategy.allow_coordinator_key:
+        raise KeyAtCoordinatorError(
+            f"protection {protection.name!r} needs a key, and queries given as an array would"
+            " have it made in the coordinator's process, which could then read every answer",
+            hint="make the job with a Querier in another process ('fedinfer querier ask'),"
+            " use protection 'dp', or accept it: allow_coordinator_key=True",
+        )
+    if not isinstance(queries, np.ndarray):
+        raise InvalidValueError(
+            f"queries are a {type(queries).__name__}, expected an array or a QueryJob",
+            hint="wrap rows with numpy.asarray(...)",
+        )
+    querier = Querier(protection=protection)
+    job = querier.ask(queries, batch_size=strategy.batch_size)
+    return job, querier
+
+
+def open_here(querier: Querier | None, combined: CombinedAnswer) -> Prediction | None:
+    """Open a combined answer if this process asked for it."""
+    return None if querier is None else querier.open(combined)
