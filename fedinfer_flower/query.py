@@ -124,7 +124,18 @@ class SiteProfile:
     price_per_query: float = 0.0
 
     def __post_init__(self) -> None:
-        _require(0 < len(self.name) <= 128, "a site's name has 1 to 128 characters")
+        # As they are after their journey: 1 and 1.0 are equal, but not in a digest.
+        card = {str(key): str(value) for key, value in self.model_card.items()}
+        object.__setattr__(self, "model_card", MappingProxyType(card))
+        for name in ("temperature", "price_per_query"):
+            object.__setattr__(self, name, float(getattr(self, name)))
+        if self.class_counts is not None:
+            object.__setattr__(self, "class_counts", tuple(float(n) for n in self.class_counts))
+        # The name ends in logs and terminals.
+        _require(
+            0 < len(self.name) <= 128 and self.name.isprintable(),
+            "a site's name has 1 to 128 printable characters",
+        )
         _require(0 < len(self.classes) <= MAX_CLASSES, f"a site has 1 to {MAX_CLASSES} classes")
         _require(len(set(self.classes)) == len(self.classes), "a site's class names are distinct")
         _require(
@@ -149,7 +160,6 @@ class SiteProfile:
             math.isfinite(self.price_per_query) and self.price_per_query >= 0.0,
             "price_per_query is a number that is not negative",
         )
-        object.__setattr__(self, "model_card", MappingProxyType(dict(self.model_card)))
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for JSON."""

@@ -94,9 +94,8 @@ def answer_question(model: SiteModel, asked: Question, consent: Consent) -> tupl
     rule, protection, plan = agree(asked, consent)
     logits = model.calibrated_logits(asked.inputs, asked.classes)
     context = model.context(asked, rule)
-    missing = _missing(rule, context.augmented_tbc is None, context.confusion is None)
-    if missing:
-        raise InvalidValueError(missing)
+    if Evidence.AUGMENTED in rule.needs and context.augmented_tbc is None:
+        raise InvalidValueError(f"rule {rule.name!r} needs LocalModel(augment=...) at this site")
     scores = checked_scores(rule.score(logits, context), asked.n_queries, plan)
     side = protection.site_side(plan, public_key=asked.public_key)
     return side.protect(scores), plan.width
@@ -127,11 +126,3 @@ def checked_scores(scores: Array, n_queries: int, plan: ScorePlan) -> Array:
     if not bool((np.abs(scores) <= plan.bound * (1 + 1e-9) + 1e-12).all()):
         raise InvalidScoresError("the rule made scores beyond its own bound, or not finite")
     return np.clip(scores, -plan.bound, plan.bound)
-
-
-def _missing(rule: EnsembleRule, no_augmented: bool, no_confusion: bool) -> str:
-    if Evidence.AUGMENTED in rule.needs and no_augmented:
-        return f"rule {rule.name!r} needs LocalModel(augment=...) at this site"
-    if Evidence.CONFUSION in rule.needs and no_confusion:
-        return f"rule {rule.name!r} needs LocalModel(holdout=...) with at least 10 examples"
-    return ""

@@ -154,7 +154,8 @@ class InferenceMod:
         of an exception travels to the server: neither leaves this function.
         """
         try:
-            envelope = self._reply(message, context)
+            # Packed in here, because a value that JSON cannot hold raises as well.
+            return Message(pack(self._reply(message, context)), reply_to=message)
         except FedInferError as exc:
             envelope = self._error(exc, message, context)
         except (Exception, SystemExit) as exc:

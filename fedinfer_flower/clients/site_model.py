@@ -64,10 +64,10 @@ class SiteModel:
             else None,
         )
 
-    def _confusion(self, classes: tuple[str, ...]) -> Array | None:
-        if self.confusion is None:
-            return None
+    def _confusion(self, classes: tuple[str, ...]) -> Array:
         full = np.full((len(classes), len(classes)), 1.0 / len(classes))
+        if self.confusion is None:  # nothing measured: every vote says the same of every class
+            return full
         place = {name: column for column, name in enumerate(classes)}
         pairs = [(i, place[name]) for i, name in enumerate(self.adapter.classes) if name in place]
         here, there = np.array(pairs, dtype=np.int64).T

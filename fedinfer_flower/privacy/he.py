@@ -85,6 +85,8 @@ class HomomorphicEncryption(Protection):
     can subtract their own answers and see the last one. Coordinator and querier who pool
     their views see every answer, because one key opens everything. A sum is not
     differentially private: the querier learns about a site from two sums that differ in it.
+    Whoever relays the query and puts its own public key in reads every answer, unless the
+    site knows the querier's `KeyPair.key_id` and checks it.
 
     The secret key is in `KeyPair.secret_key` and the querier's side, nowhere else. Neither
     scheme withstands chosen ciphertexts: the querier tells nobody whether, or how, opening

@@ -140,15 +140,21 @@ class Querier:
         """Write the querier's whole state to a file that only its owner may read."""
         from fedinfer_flower.querier.secret_file import write_secret
 
-        write_secret(Path(path), protection=self.protection, keys=self._keys, asked=self._asked)
+        write_secret(
+            Path(path),
+            protection=self.protection,
+            keys=self._keys,
+            asked=self._asked,
+            tie_seed=self._tie_seed,
+        )
 
     @classmethod
     def load_secret(cls, path: str | Path) -> Querier:
         """Return the querier whose state `save_secret` wrote."""
         from fedinfer_flower.querier.secret_file import read_secret
 
-        protection, keys, asked = read_secret(Path(path))
-        querier = cls(protection=protection, keys=keys)
+        protection, keys, asked, tie_seed = read_secret(Path(path))
+        querier = cls(protection=protection, keys=keys, tie_seed=tie_seed)
         querier._asked = dict(asked)
         return querier
 

@@ -8,7 +8,7 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from fedinfer_flower.errors import EnvelopeError, InvalidValueError
 from fedinfer_flower.privacy.base import KeyPair, Protection, make_protection
@@ -18,7 +18,12 @@ __all__ = ["read_secret", "write_secret"]
 Asked = Mapping[str, tuple[tuple[str, int], ...]]
 
 
-def write_secret(path: Path, *, protection: Protection, keys: KeyPair, asked: Asked) -> None:
+_VERSION: Final = 1
+
+
+def write_secret(
+    path: Path, *, protection: Protection, keys: KeyPair, asked: Asked, tie_seed: int
+) -> None:
     """Write state with mode 0600; an existing file is not overwritten.
 
     Raises
@@ -27,12 +32,13 @@ def write_secret(path: Path, *, protection: Protection, keys: KeyPair, asked: As
         If the file exists: it may hold the only key to an answer.
     """
     state = {
-        "version": 1,
+        "version": _VERSION,
         "protection": protection.name,
         "options": dict(protection.options()),
         "public": base64.b64encode(keys.public_key).decode(),
         "secret": base64.b64encode(keys.secret_key).decode(),
         "asked": {job: [list(batch) for batch in batches] for job, batches in asked.items()},
+        "tie-seed": tie_seed,
     }
     try:
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
@@ -45,7 +51,7 @@ def write_secret(path: Path, *, protection: Protection, keys: KeyPair, asked: As
         json.dump(state, file)
 
 
-def read_secret(path: Path) -> tuple[Protection, KeyPair, Asked]:
+def read_secret(path: Path) -> tuple[Protection, KeyPair, Asked, int]:
     """Read what `write_secret` wrote.
 
     Raises
@@ -61,6 +67,8 @@ def read_secret(path: Path) -> tuple[Protection, KeyPair, Asked]:
         )
     try:
         state: dict[str, Any] = json.loads(path.read_text())
+        if state["version"] != _VERSION:
+            raise ValueError
         keys = KeyPair(
             public_key=base64.b64decode(state["public"], validate=True),
             secret_key=base64.b64decode(state["secret"], validate=True),
@@ -69,7 +77,8 @@ def read_secret(path: Path) -> tuple[Protection, KeyPair, Asked]:
             str(job): tuple((str(q), int(n)) for q, n in batches)
             for job, batches in state["asked"].items()
         }
-        return make_protection(state["protection"], state["options"]), keys, asked
+        protection = make_protection(state["protection"], state["options"])
+        return protection, keys, asked, int(state["tie-seed"])
     except (KeyError, TypeError, ValueError, AttributeError, binascii.Error):
         # The cause would quote the file, which holds a key.
         raise EnvelopeError(f"{path} is not a querier's file") from None

@@ -49,7 +49,7 @@ class InferConfig:
     quorum: int = 1
     fraction_query: float = 1.0
     min_query_nodes: int = 1
-    min_available_nodes: int = 2
+    min_available_nodes: int = 0
     patience_s: float = 60.0
     batch_size: int = 1024
     allow_coordinator_key: bool = False

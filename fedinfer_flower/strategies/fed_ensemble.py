@@ -69,7 +69,8 @@ class FedEnsemble(InferenceStrategy):
     min_query_nodes : int
         Fewest sites to ask, whatever the fraction.
     min_available_nodes : int
-        Nodes to wait for before onboarding.
+        Nodes to wait for before onboarding. With 0, wait until no more are joining, and
+        for at least two.
     patience_s : float
         How long to wait for them.
     batch_size : int
@@ -107,7 +108,7 @@ class FedEnsemble(InferenceStrategy):
         deadline: Deadline | None = None,
         fraction_query: float = 1.0,
         min_query_nodes: int = 1,
-        min_available_nodes: int = 2,
+        min_available_nodes: int = 0,
         patience_s: float = 60.0,
         batch_size: int = 1024,
         classes: tuple[str, ...] | list[str] | None = None,
@@ -126,14 +127,14 @@ class FedEnsemble(InferenceStrategy):
             require_legal(self.rule, self.protection)
         if not 0.0 < fraction_query <= 1.0:
             raise InvalidValueError(f"fraction_query is in (0, 1], got {fraction_query}")
-        if min(min_query_nodes, min_available_nodes, batch_size) < 1:
+        if min(min_query_nodes, batch_size) < 1 or min_available_nodes < 0:
             raise InvalidValueError(
-                "min_query_nodes, min_available_nodes and batch_size are at least 1"
+                "min_query_nodes and batch_size are at least 1, min_available_nodes at least 0"
             )
         self.deadline = deadline or Deadline()
         self.fraction_query = fraction_query
         self.min_query_nodes = min_query_nodes
-        self.min_available_nodes = max(min_available_nodes, self.protection.min_cohort)
+        self.min_available_nodes = min_available_nodes
         self.patience_s = patience_s
         self.batch_size = batch_size
         self.classes = None if classes is None else tuple(str(c) for c in classes)
@@ -171,7 +172,10 @@ class FedEnsemble(InferenceStrategy):
     def configure_onboarding(self, grid: Grid, run_id: int) -> Onboarding:
         """Wait for nodes, collect their profiles, and choose whom to ask."""
         node_ids = wait_for_nodes(
-            grid, at_least=self.min_available_nodes, patience_s=self.patience_s
+            grid,
+            at_least=self.min_available_nodes or max(2, self.protection.min_cohort),
+            patience_s=self.patience_s,
+            settle_s=0.0 if self.min_available_nodes else 0.5,
         )
         onboarding = onboard(
             grid,
@@ -305,6 +309,7 @@ class FedEnsemble(InferenceStrategy):
     def summary(self) -> str:
         """Return a tree of the strategy's settings."""
         rule = "auto" if self.rule is None else self.rule.name
+        online = self.min_available_nodes or "all"
         options = ", ".join(f"{k}={v}" for k, v in self.protection.options().items())
         return "\n".join(
             [
@@ -313,7 +318,7 @@ class FedEnsemble(InferenceStrategy):
                 f"├── protection: {self.protection.name}{f' ({options})' if options else ''}",
                 f"├── deadline: {self.deadline.timeout_s:g} s, quorum {self.deadline.quorum}",
                 f"├── sites: fraction {self.fraction_query:g},"
-                f" at least {self.min_query_nodes} asked, {self.min_available_nodes} online",
+                f" at least {self.min_query_nodes} asked, {online} online",
                 f"└── batch: {self.batch_size} queries a message",
             ]
         )

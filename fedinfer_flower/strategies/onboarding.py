@@ -63,11 +63,13 @@ class Onboarding:
     seconds: float
 
 
-def wait_for_nodes(grid: Grid, *, at_least: int, patience_s: float) -> list[int]:
+def wait_for_nodes(
+    grid: Grid, *, at_least: int, patience_s: float, settle_s: float = 0.5
+) -> list[int]:
     """Return the ids of the nodes online, once there are enough and no more are joining.
 
     In simulation an app starts while nodes are still registering; a list that did not
-    change for half a second is taken as complete.
+    change for `settle_s` is taken as complete.
 
     Raises
     ------
@@ -81,7 +83,7 @@ def wait_for_nodes(grid: Grid, *, at_least: int, patience_s: float) -> list[int]
         now = sorted(grid.get_node_ids())
         if now != nodes:
             nodes, settled_since = now, time.monotonic()
-        if len(nodes) >= at_least and time.monotonic() - settled_since >= 0.5:
+        if len(nodes) >= at_least and time.monotonic() - settled_since >= settle_s:
             return nodes
         if time.monotonic() - start > patience_s and len(nodes) < at_least:
             raise NotEnoughNodesError(

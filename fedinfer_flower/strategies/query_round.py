@@ -79,7 +79,8 @@ class QueryRound:
     def accumulate(self, arrival: Arrival) -> None:
         """Fold one reply in; a bad one is recorded and leaves no trace in the sum."""
         node_id = arrival.node_id
-        if node_id in self._outcomes:  # a second reply is never counted
+        # A second reply is never counted, nor one of a node that was not asked.
+        if node_id in self._outcomes or node_id not in self._profiles:
             return
         payload: bytes | memoryview = b""
         try:

@@ -42,7 +42,7 @@ def array_from_bytes(
     Raises
     ------
     ShapeError
-        If the dtype is unknown, or the bytes do not fill the shape exactly.
+        If the dtype is unknown, or the bytes do not fill the shape exactly, or it is empty.
 
     Examples
     --------
@@ -53,7 +53,8 @@ def array_from_bytes(
     if dtype not in DTYPES:
         raise ShapeError("an array of unknown dtype")
     little = np.dtype(dtype).newbyteorder("<")
-    if not shape or len(data) != math.prod(shape) * little.itemsize:
+    # A dimension of zero would let the others be of any size.
+    if not shape or 0 in shape or len(data) != math.prod(shape) * little.itemsize:
         raise ShapeError(f"{len(data)} bytes do not fill an array of shape {shape} and {dtype}")
     array: npt.NDArray[np.generic] = np.frombuffer(data, dtype=little).reshape(shape)
     array.flags.writeable = False

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +27,9 @@ from fedinfer_flower.wire.envelope import (
 )
 
 __all__ = ["CombinedAnswer", "CombinedBatch", "QueryJob"]
+
+_MAX_JOB_ID: Final = 56
+"""Leaves room for a batch's number in a query id, which has at most 64 characters."""
 
 Options = Mapping[str, str | int | float | bool]
 
@@ -63,6 +67,8 @@ class QueryJob:
     classes: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
+        if not 1 <= len(self.job_id) <= _MAX_JOB_ID:
+            raise InvalidValueError(f"a job id has 1 to {_MAX_JOB_ID} characters")
         if self.inputs.ndim < 2 or len(self.inputs) == 0:
             raise InvalidValueError(
                 f"queries have shape {self.inputs.shape}, expected (n_queries, ...)",
@@ -116,6 +122,7 @@ class QueryJob:
         envelope = decode(data, limits=limits)
         if envelope.kind is not Kind.JOB or not envelope.query_id:
             raise EnvelopeError("the bytes are not a query job")
+        envelope.require_sections("inputs", "public-key")
         meta = envelope.meta
         fields.exactly(meta, "batch-size", "protection", "protection-options", "classes")
         inputs = array_from_bytes(

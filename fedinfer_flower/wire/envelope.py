@@ -132,6 +132,17 @@ class Envelope:
                 return data
         raise EnvelopeError(f"a {self.kind.value} envelope lacks the section {name!r}")
 
+    def require_sections(self, *names: str) -> None:
+        """Require exactly these sections, in this order.
+
+        Raises
+        ------
+        EnvelopeError
+            If one is missing, or there is one more.
+        """
+        if tuple(title for title, _ in self.sections) != names:
+            raise EnvelopeError(f"a {self.kind.value} envelope lacks a section or has one too many")
+
 
 _FIELDS: Final = frozenset(
     {"kind", "run", "query", "key", "sender", "shape", "codec", "meta", "sections"}

@@ -126,6 +126,7 @@ def question(asked: Question, *, run_id: int) -> Envelope:
 def read_question(envelope: Envelope, *, limits: WireLimits = DEFAULT_LIMITS) -> Question:
     """Read a question; the inputs are a read-only view of the message's bytes."""
     _require_kind(envelope, Kind.QUERY)
+    envelope.require_sections("inputs", "public-key")
     if not envelope.shape or not envelope.query_id:
         raise EnvelopeError("a query without rows or without an id")
     if envelope.shape[0] > limits.max_rows:
@@ -199,6 +200,7 @@ def read_answer(
         If the shape is not (n_queries, width).
     """
     _require_kind(envelope, Kind.ANSWER)
+    envelope.require_sections("scores")
     fields.exactly(envelope.meta, "commitment")
     check_bound(envelope, run_id=run_id, sender=sender, query_id=asked.query_id)
     if envelope.key_id != asked.key_id:
@@ -233,6 +235,7 @@ def site_profile(profile: SiteProfile, *, run_id: int, sender: int) -> Envelope:
 def read_profile(envelope: Envelope, *, run_id: int, sender: int) -> SiteProfile:
     """Read and validate a site's profile."""
     _require_kind(envelope, Kind.PROFILE)
+    envelope.require_sections()
     check_bound(envelope, run_id=run_id, sender=sender)
     meta = envelope.meta
     fields.exactly(meta, *SiteProfile.__dataclass_fields__)
@@ -269,6 +272,7 @@ def error(exc: FedInferError, *, run_id: int, sender: int, query_id: str = "") -
 
 def read_error(envelope: Envelope, *, run_id: int, sender: int) -> FedInferError:
     """Read a typed error. The text is the site's: shown, never interpreted."""
+    envelope.require_sections()
     fields.exactly(envelope.meta, "code", "message", "hint")
     check_bound(envelope, run_id=run_id, sender=sender, query_id=envelope.query_id)
     cls = error_class(fields.text(envelope.meta, "code", max_chars=8))

@@ -1,0 +1,1 @@
+"""The `fedinfer` command: what Flower's own commands have no verb for."""

@@ -1,0 +1,135 @@
+"""The documentation keeps up with the code: links, tables, examples, error codes."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from fedinfer_flower.errors import FedInferError, _walk
+from fedinfer_flower.privacy.legality import legality_matrix
+
+# What other packages deprecate among themselves is no fault of an example.
+pytestmark = pytest.mark.filterwarnings("ignore:'click:DeprecationWarning")
+
+ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "docs"
+PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted(DOCS.rglob("*.md"))]
+RUN = re.compile(r"^<!-- run -->\n+```python[^\n]*\n(.*?)^```", flags=re.M | re.S)
+WITH_EXAMPLES = [page for page in PAGES if RUN.search(page.read_text())]
+
+
+def name(page):
+    return str(page.relative_to(ROOT))
+
+
+def without_code(text):
+    text = re.sub(r"^ *```.*?^ *```", "", text, flags=re.M | re.S)
+    return re.sub(r"`[^`\n]*`", "code", text)
+
+
+def anchors(page):
+    """Return the anchors of a page's headings, as common renderers make them."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.M | re.S)
+    titles = re.findall(r"^#+ +(.+)$", text, flags=re.M)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_relative_links_of_page_resolve(page):
+    broken = []
+    for link in re.findall(r"\]\(([^)\s]+)\)", without_code(page.read_text())):
+        if re.match(r"[a-z]+:", link):
+            continue
+        path, _, anchor = link.partition("#")
+        target = (page.parent / path).resolve() if path else page
+        if not target.exists() or (anchor and anchor not in anchors(target)):
+            broken.append(link)
+    assert not broken
+
+
+@pytest.mark.parametrize("page", WITH_EXAMPLES, ids=name)
+def test_marked_examples_of_page_run(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    namespace = {"__name__": "documentation"}
+    for number, block in enumerate(RUN.findall(page.read_text())):
+        exec(compile(block, f"{name(page)}, example {number}", "exec"), namespace)  # noqa: S102
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_every_run_marker_of_page_has_a_python_block(page):
+    text = page.read_text()
+    assert len(RUN.findall(text)) == text.count("<!-- run -->")
+
+
+@pytest.mark.parametrize("page", sorted(DOCS.rglob("*.md")), ids=name)
+def test_named_sources_and_tests_of_page_exist(page):
+    text = page.read_text()
+    missing = []
+    for path, test in re.findall(r"`((?:tests|fedinfer_flower)/[\w/]+\.py)(?:::(\w+))?`", text):
+        source = ROOT / path
+        if not source.exists() or (test and f"def {test}(" not in source.read_text()):
+            missing.append(f"{path}::{test}")
+    package = "clients|ensemble|privacy|querier|simulation|strategies|wire"
+    for path, thing in re.findall(rf"`((?:{package})/[\w/]+\.py)`(?:, `([\w.]+)`)?", text):
+        source = ROOT / "fedinfer_flower" / path
+        last = thing.rpartition(".")[2]
+        if not source.exists() or not re.search(rf"(def|class) {last}\b", source.read_text()):
+            missing.append(f"{path} {thing}")
+    assert not missing
+
+
+def test_legality_table_of_how_to_is_that_of_the_code():
+    text = (DOCS / "how-to" / "choose-a-rule.md").read_text()
+    table = text.partition("<!-- legality -->\n")[2].partition("\n\n")[0].splitlines()
+    rows = [[cell.strip(" `") for cell in line.strip("|").split("|")] for line in table]
+    protections = rows[0][1:]
+    written = {row[0]: dict(zip(protections, row[1:], strict=True)) for row in rows[2:]}
+    expected = {
+        rule: {protection: "no" if reason else "yes" for protection, reason in cells.items()}
+        for rule, cells in legality_matrix().items()
+        if not _of_another_test(rule)
+    }
+    assert written == expected
+
+
+def _of_another_test(rule):
+    from fedinfer_flower.ensemble.base import RULES
+
+    return not RULES.get(rule).__module__.startswith("fedinfer_flower.")
+
+
+def test_rule_table_of_how_to_names_every_rule():
+    text = (DOCS / "how-to" / "choose-a-rule.md").read_text()
+    listed = text.partition("## All rules")[2].partition("## Which rule")[0]
+    named = set(re.findall(r"^\| `([\w-]+)` \| (?:SUM|SCORES)", listed, flags=re.M))
+    assert named == {rule for rule in legality_matrix() if not _of_another_test(rule)}
+
+
+def test_errors_page_has_every_code_with_its_class():
+    text = (DOCS / "reference" / "errors.md").read_text()
+    written = dict(re.findall(r"^## (FI\d{3})\n+`(\w+)`", text, flags=re.M))
+    assert written == {code: cls.__name__ for code, cls in _walk(FedInferError).items()}
+
+
+def test_run_config_page_has_every_key_with_its_default():
+    import dataclasses
+    import json
+
+    from fedinfer_flower.strategies.config import InferConfig
+
+    text = (DOCS / "reference" / "run-config.md").read_text()
+    written = dict(re.findall(r"^\| `fedinfer\.([\w-]+)` \| \w+ \| `([^`]+)` \|", text, flags=re.M))
+    expected = {
+        field.name.replace("_", "-"): json.dumps(field.default)
+        for field in dataclasses.fields(InferConfig)
+        if field.name != "protection_options"
+    }
+    assert written == expected
+
+
+def test_index_links_to_every_page():
+    index = (DOCS / "README.md").read_text()
+    linked = set(re.findall(r"\]\(([^)#\s]+)\)", index))
+    pages = {str(page.relative_to(DOCS)) for page in DOCS.rglob("*.md")} - {"README.md"}
+    # Other people's pages may be on their way; ours are not.
+    assert pages - linked <= {"benchmarks.md"}
