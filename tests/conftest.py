@@ -4,6 +4,7 @@ import atexit
 import os
 import shutil
 import tempfile
+import warnings
 
 _FLWR_HOME = tempfile.mkdtemp(prefix="fedinfer-tests-")
 atexit.register(shutil.rmtree, _FLWR_HOME, ignore_errors=True)
@@ -16,3 +17,9 @@ os.environ.update(
     RAY_USAGE_STATS_ENABLED="0",
     OMP_NUM_THREADS="1",  # tests run side by side; BLAS threads would only fight for cores
 )
+
+# Other packages' deprecations at import time are not ours to fail on; later ones are.
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore", DeprecationWarning)
+    import flwr.clientapp
+    import flwr.serverapp  # noqa: F401

@@ -41,9 +41,7 @@ class InferenceStrategy(ABC):
         """Wait for nodes and collect their profiles."""
 
     @abstractmethod
-    def configure_query(
-        self, query_id: str, inputs: npt.NDArray[np.generic], grid: Grid
-    ) -> list[Message]:
+    def configure_query(self, query_id: str, inputs: npt.NDArray[np.generic]) -> list[Message]:
         """Return the messages of one batch, one for each site that is asked."""
 
     @abstractmethod

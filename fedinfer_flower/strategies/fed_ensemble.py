@@ -193,9 +193,7 @@ class FedEnsemble(InferenceStrategy):
         )
         return onboarding
 
-    def configure_query(
-        self, query_id: str, inputs: npt.NDArray[np.generic], grid: Grid
-    ) -> list[Message]:
+    def configure_query(self, query_id: str, inputs: npt.NDArray[np.generic]) -> list[Message]:
         """Open a batch and return one message for each site that is asked.
 
         All share one content, which Flower uploads once.
@@ -217,7 +215,7 @@ class FedEnsemble(InferenceStrategy):
         self._request_bytes = sum(len(data) for _, data in envelope.sections)
         content, ttl = pack(envelope), self.deadline.timeout_s
         return [
-            grid.create_message(content, message_type(PREDICT), node_id, query_id, ttl=ttl)
+            Message(content, node_id, message_type(PREDICT), ttl=ttl, group_id=query_id)
             for node_id in self._profiles
         ]
 
@@ -328,7 +326,7 @@ class FedEnsemble(InferenceStrategy):
     def _run_batch(
         self, grid: Grid, query_id: str, inputs: npt.NDArray[np.generic]
     ) -> tuple[CombinedBatch, QueryReport]:
-        out = self.configure_query(query_id, inputs, grid)
+        out = self.configure_query(query_id, inputs)
         current = self._open_round()
         seconds = 0.0
         for arrival in stream_replies(

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+from flwr.app import Message
 from flwr.serverapp import Grid
 
 from fedinfer_flower.errors import (
@@ -108,7 +109,7 @@ def onboard(
     start = time.monotonic()
     content = pack(Envelope(kind=Kind.HELLO, run_id=run_id))
     asks = [
-        grid.create_message(content, message_type(HELLO), node_id, "onboarding", ttl=timeout_s)
+        Message(content, node_id, message_type(HELLO), ttl=timeout_s, group_id="onboarding")
         for node_id in node_ids
     ]
     profiles: dict[int, SiteProfile] = {}

@@ -217,16 +217,16 @@ def test_decode_of_too_many_sections_raises_typed_error():
 BAD_TEXTS = {
     "empty": b"",
     "duplicate field": json.dumps(HEADER).encode()[:-1] + b', "run": 7}',
-    "duplicate meta key": json.dumps(HEADER).replace(
-        '"meta": {}', '"meta": {"a": 1, "a": 2}'
-    ).encode(),
+    "duplicate meta key": json.dumps(HEADER)
+    .replace('"meta": {}', '"meta": {"a": 1, "a": 2}')
+    .encode(),
     "NaN": json.dumps(HEADER | {"meta": {"x": float("nan")}}).encode(),
     "Infinity": json.dumps(HEADER | {"meta": {"x": [-float("inf")]}}).encode(),
     "deep list": b"[" * 100_000,
     "deep and closed": b"[" * 100_000 + b"]" * 100_000,
-    "deep meta": json.dumps(HEADER).replace(
-        '"meta": {}', '"meta": {"a": ' + "[" * 50_000 + "]" * 50_000 + "}"
-    ).encode(),
+    "deep meta": json.dumps(HEADER)
+    .replace('"meta": {}', '"meta": {"a": ' + "[" * 50_000 + "]" * 50_000 + "}")
+    .encode(),
     "integer of 5000 digits": json.dumps(HEADER)
     .replace('"run": 7', '"run": ' + "9" * 5000)
     .encode(),

@@ -43,9 +43,7 @@ BAD = {
     "stype of numpy": RecordDict(
         {"fedinfer": ArrayRecord({"envelope": array(GOOD, stype="numpy.ndarray")})}
     ),
-    "a real numpy array": RecordDict(
-        {"fedinfer": ArrayRecord({"envelope": Array(np.zeros(3))})}
-    ),
+    "a real numpy array": RecordDict({"fedinfer": ArrayRecord({"envelope": Array(np.zeros(3))})}),
     "empty array": RecordDict({"fedinfer": ArrayRecord({"envelope": array(b"")})}),
     "truncated": RecordDict({"fedinfer": ArrayRecord({"envelope": array(GOOD[:-1])})}),
 }
