@@ -23,20 +23,24 @@ def ask(
     secret: Annotated[Path, typer.Option(help="key file to write; stays with you")],
     protect: Annotated[str, typer.Option(help="protection of the answers")] = "he",
     batch_size: Annotated[int, typer.Option(min=1, help="queries a message")] = 1024,
+    reuse: Annotated[Path | None, typer.Option(help="key file whose key sites pin")] = None,
 ) -> None:
     """Make a key and a job file for the coordinator.
 
     The job file holds the queries in clear and the public key. The key file opens the
-    answer: keep it away from the coordinator.
+    answer: keep it away from the coordinator. A fresh key is made unless --reuse names
+    an earlier key file: sites that pin a key id answer only under that key.
 
     Example: fedinfer querier ask --inputs x.npy --job job.fi --secret me.key
     """
     from fedinfer_flower.querier import Querier
 
-    querier = Querier(protection=protect)
+    querier = Querier(protection=protect) if reuse is None else Querier.load_secret(reuse)
     rows = np.load(inputs, allow_pickle=False)
-    job.write_bytes(querier.ask(rows, batch_size=batch_size).to_bytes())
+    data = querier.ask(rows, batch_size=batch_size).to_bytes()
+    # The key first: a job whose key could not be written must not replace another.
     querier.save_secret(secret)
+    job.write_bytes(data)
     typer.echo(f"{len(rows)} queries in {job}; key id {querier.key_id or '(none needed)'}")
 
 

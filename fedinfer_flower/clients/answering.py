@@ -69,7 +69,8 @@ class Consent:
         ):
             raise ProtectionRefusedError(
                 "this site does not know the querier's key",
-                hint="give the site the fingerprint that 'fedinfer querier new' printed",
+                hint="give the site the key id that 'fedinfer querier ask' printed, and ask"
+                " again with --reuse",
             )
         spent = protection.epsilon_delta(plan)
         limit = self.max_epsilon_per_query

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
-import traceback
 from collections.abc import Callable, Collection
 
 from flwr.app import Context, Message
@@ -12,6 +10,7 @@ from flwr.clientapp import ClientApp
 from flwr.clientapp.typing import ClientAppCallable
 
 from fedinfer_flower.clients.answering import Consent, answer_question
+from fedinfer_flower.clients.containment import contained, log_locally
 from fedinfer_flower.clients.model_cache import DEFAULT_CAPACITY, get_or_load
 from fedinfer_flower.clients.site_model import SiteModel, prepare
 from fedinfer_flower.errors import (
@@ -32,6 +31,8 @@ from fedinfer_flower.wire.records import pack, unpack
 __all__ = ["InferenceMod", "inference"]
 
 log = logging.getLogger("fedinfer_flower.site")
+
+_SEE_LOG = "see the site's own log"
 
 LoadModel = Callable[[Context], object]
 
@@ -159,7 +160,7 @@ class InferenceMod:
         except FedInferError as exc:
             envelope = self._error(exc, message, context)
         except (Exception, SystemExit) as exc:
-            _log_locally(exc)
+            log_locally(exc)
             generic = ModelAnswerError("the site's handler failed", hint="see the site's own log")
             envelope = self._error(generic, message, context)
         return Message(pack(envelope), reply_to=message)
@@ -184,16 +185,10 @@ class InferenceMod:
 
     def _answer(self, asked: messages.Question, context: Context) -> Envelope:
         model = self._model(context)
-        try:
+        with contained(
+            ModelAnswerError, "the query could not be answered", hint=_SEE_LOG, pass_typed=True
+        ):
             payload, width = answer_question(model, asked, self._consent)
-        except FedInferError:
-            raise
-        except (Exception, SystemExit) as exc:
-            _log_locally(exc)
-            raise ModelAnswerError(
-                f"the local model failed on the query ({_public_type(exc)})",
-                hint="see the site's own log; are shape and dtype of the inputs right?",
-            ) from None
         return messages.answer(
             asked,
             run_id=context.run_id,
@@ -208,18 +203,14 @@ class InferenceMod:
         loader = f"{self._load_model.__module__}.{getattr(self._load_model, '__qualname__', '')}"
 
         def load() -> SiteModel:
-            try:
+            with contained(ModelLoadError, "load_model failed", hint=_SEE_LOG):
                 loaded = self._load_model(context)
+            with contained(
+                ModelLoadError, "the model is not usable", hint=_SEE_LOG, pass_typed=True
+            ):
                 return prepare(
                     loaded, name=self._site_name(context), share_counts=self._share_counts
                 )
-            except FedInferError:
-                raise
-            except (Exception, SystemExit) as exc:
-                _log_locally(exc)
-                raise ModelLoadError(
-                    f"load_model failed ({_public_type(exc)})", hint="see the site's own log"
-                ) from None
 
         key = (context.run_id, partition, loader)
         return get_or_load(key, load, capacity=self._max_models)
@@ -262,17 +253,3 @@ def inference(app: ClientApp, **options: object) -> Callable[[LoadModel], LoadMo
         return load_model
 
     return decorator
-
-
-def _public_type(exc: BaseException) -> str:
-    # Names of built-in errors are chosen by nobody; a name made at run time could carry data.
-    return type(exc).__name__ if type(exc).__module__ == "builtins" else "error"
-
-
-def _log_locally(exc: BaseException) -> None:
-    """Log where an exception arose, without its text, which may quote the query."""
-    frames = traceback.extract_tb(exc.__traceback__)[-3:]
-    place = " < ".join(f"{os.path.basename(f.filename)}:{f.lineno}" for f in reversed(frames))
-    log.error("%s at %s", type(exc).__name__, place)
-    if os.environ.get("FEDINFER_SITE_TRACEBACKS") == "1":
-        log.error("traceback", exc_info=exc)

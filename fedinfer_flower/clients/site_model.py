@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from fedinfer_flower.clients.adapters.base import ModelAdapter, adapt, class_name
 from fedinfer_flower.clients.calibration import MIN_HOLDOUT, confusion_matrix, fit_temperature
+from fedinfer_flower.clients.containment import contained
 from fedinfer_flower.clients.familiarity import Familiarity
 from fedinfer_flower.clients.label_space import align_logits
 from fedinfer_flower.clients.local_model import LocalModel
@@ -79,7 +80,8 @@ class SiteModel:
     def _augmented(self, asked: Question) -> Array | None:
         if self.local.augment is None:
             return None
-        copies = [np.asarray(copy) for copy in self.local.augment(asked.inputs)]
+        with contained(ModelAnswerError, "augment failed", hint="see the site's own log"):
+            copies = [np.asarray(copy) for copy in self.local.augment(asked.inputs)]
         if not copies or any(len(copy) != asked.n_queries for copy in copies):
             raise ShapeError("augment did not return copies with one row a query")
         return np.stack([self.calibrated_logits(copy, asked.classes) for copy in copies])
@@ -93,7 +95,9 @@ def checked_logits(adapter: ModelAdapter, inputs: npt.NDArray[np.generic]) -> Ar
     ModelAnswerError
         If the model returns anything else; the text says what, never the values.
     """
-    out = adapter.logits(inputs)
+    hint = "see the site's own log; are shape and dtype of the inputs right?"
+    with contained(ModelAnswerError, "the local model failed on the query", hint=hint):
+        out = adapter.logits(inputs)
     expected = (len(inputs), len(adapter.classes))
     if out.shape != expected:
         raise ModelAnswerError(

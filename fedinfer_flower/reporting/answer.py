@@ -24,12 +24,12 @@ def _share(entry: Mapping[str, Any]) -> str:
 def _joint_sentence(results: Mapping[str, Any], row: Row) -> str:
     sites = "1 site" if results["n_sites"] == 1 else f"{results['n_sites']} sites"
     protected = chosen_protection(results)
-    how = f"under {protected['label']}" if protected else "in clear"
+    how = f"protection: {protected['label']}" if protected else "no protection"
     rule = protected["rule"] if protected else results["rule"]
     return (
         f"Together, {sites} answered {as_percent(row.accuracy)} of {results['n_queries']} queries "
         f"on {results['dataset']} correctly (95 % interval "
-        f"{as_interval(row.low, row.high)}), with the rule {rule} {how}."
+        f"{as_interval(row.low, row.high)}; rule: {rule}; {how})."
     )
 
 
@@ -95,7 +95,7 @@ def visibility_sentences(results: Mapping[str, Any]) -> list[str]:
     if entry is None:
         return [f"The protection {results['protection']} was not measured in this run."]
     seen = entry["coordinator_sees"].rstrip(".")
-    sentences = [f"Under {entry['label']}, the coordinator sees: {seen}."]
+    sentences = [f"Under this protection the coordinator sees: {seen}."]
     if entry["key_at_coordinator"]:
         sentences.append(
             "In this run the coordinator held the secret key, so it could open every answer."

@@ -44,6 +44,8 @@ class Row:
         Cost; None where nothing is sent.
     epsilon_per_query, epsilon_total : float, optional
         Differential privacy spent; None where no noise is added.
+    short : str
+        Name where room is scarce; empty where it is the label.
     chosen : bool
         Whether this is the rule, or the rule and protection, of the run.
     """
@@ -57,6 +59,7 @@ class Row:
     bytes_per_query: float | None = None
     epsilon_per_query: float | None = None
     epsilon_total: float | None = None
+    short: str = ""
     chosen: bool = False
 
 
@@ -119,7 +122,8 @@ def _cost(entry: Mapping[str, Any]) -> dict[str, Any]:
 def _protection_row(entry: Mapping[str, Any], chosen: bool) -> Row:
     return Row(
         group="joint",
-        label=f"{entry['rule']} under {entry['label']}",
+        label=f"{entry['label']}: {entry['rule']}",
+        short=entry["label"],
         **_interval(entry),
         **_cost(entry),
         epsilon_per_query=entry["epsilon_per_query"],

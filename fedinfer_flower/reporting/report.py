@@ -101,7 +101,6 @@ def write_report(results: Mapping[str, Any], path: Path) -> Path:
         plotted_rules=plots.plotted_rules(results),
         max_sites=plots.MAX_SITES,
         mark=FEDSEI_MARK,
-        missing=formats.MISSING,
     )
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -20,7 +20,7 @@ from fedinfer_flower.reporting.formats import (
 
 __all__ = ["summary_table"]
 
-_COLUMNS = ("accuracy", "95 % interval", "seconds", "bytes a query", "epsilon a query / total")
+_COLUMNS = ("right", "95 % interval", "s", "B/query", "ε query / all")
 
 
 def _epsilons(row: Row) -> str:
@@ -50,10 +50,11 @@ def summary_table(results: Mapping[str, Any]) -> Table:
     """
     results = clean(results)
     caption = (
-        f"{FEDSEI_MARK} rule of FedSEI.  {MISSING} no noise, hence no epsilon, or not measured."
+        f"{FEDSEI_MARK} rule of FedSEI. A dash: no noise and hence no epsilon, or not measured."
     )
     table = Table(title=Text(results["title"]), caption=caption)
-    table.add_column("answered by", overflow="fold")
+    # A narrow terminal must cut the figures' headings before the names.
+    table.add_column("answered by", overflow="fold", min_width=28)
     for name in _COLUMNS:
         table.add_column(name, justify="right", no_wrap=True)
     rows = summary_rows(results)

@@ -21,7 +21,7 @@ __all__ = ["Arrival", "stream_replies"]
 
 log = logging.getLogger("fedinfer_flower.coordinator")
 
-PULL_BYTES: Final = 32 << 20
+PULL_BYTES: Final = 8 << 20
 """Replies that are asked for at once are expected to fit in this."""
 
 
@@ -64,7 +64,7 @@ def stream_replies(
     reply_bytes : int
         Expected size of one reply; bounds how many are pulled at once.
     poll_s : float
-        Pause when nothing new is there.
+        Longest pause when nothing new is there; the first are shorter.
     clock : callable
         Monotonic seconds.
     """
@@ -80,6 +80,7 @@ def stream_replies(
         else:
             yield Arrival(node_id=node_id, reply=None, seconds=clock() - start)
     window = max(1, PULL_BYTES // max(reply_bytes, 1))
+    pause_s = poll_s / 16
     while pending and clock() - start < timeout_s:
         came = 0
         # Oldest first, a window at a time; ids that are not ready cost one request.
@@ -93,8 +94,9 @@ def stream_replies(
             del replies
             if clock() - start >= timeout_s:
                 return
+        pause_s = poll_s / 16 if came else min(2 * pause_s, poll_s)
         if pending and not came:
-            time.sleep(max(0.0, min(poll_s, timeout_s - (clock() - start))))
+            time.sleep(max(0.0, min(pause_s, timeout_s - (clock() - start))))
 
 
 def _groups(ids: list[str], window: int) -> Iterator[set[str]]:

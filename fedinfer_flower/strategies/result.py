@@ -57,17 +57,16 @@ class InferenceResult:
         """Payload bytes of all sites' replies together, for one query."""
         return sum(report.reply_bytes for report in self.reports) / self.n_queries
 
-    def epsilon_total(self) -> float | None:
-        """Return the epsilon that one site spent on all rows together; None without `dp`."""
-        first = self.reports[0]
-        if first.epsilon_per_query is None or first.delta_per_query is None:
-            return None
+    def epsilon_delta_total(self) -> tuple[float, float] | None:
+        """Return the (epsilon, delta) that one site spent on all rows; None without `dp`."""
         from fedinfer_flower.privacy.base import make_protection
         from fedinfer_flower.privacy.dp import DP
 
         options = dict(self.combined.protection_options)
         protection = make_protection(self.combined.protection, options)
-        return protection.total_epsilon(self.n_queries) if isinstance(protection, DP) else None
+        if not isinstance(protection, DP):
+            return None
+        return protection.total_epsilon_delta(self.n_queries)
 
     def summary(self) -> str:
         """Return a tree of what happened, for a log or a terminal."""
@@ -92,11 +91,11 @@ class InferenceResult:
                 "├── WARNING: the coordinator held the secret key:"
                 f" {first.protection!r} protects nothing from the server"
             )
-        total = self.epsilon_total()
+        total = self.epsilon_delta_total()
         if total is not None:
             lines.append(
-                f"├── epsilon: {first.epsilon_per_query:g} a query and site,"
-                f" {total:.3g} for all {self.n_queries} queries (delta {first.delta_per_query:g})"
+                f"├── epsilon: {first.epsilon_per_query:g} a query and site; for all"
+                f" {self.n_queries} queries {total[0]:.3g} a site (delta {total[1]:g})"
             )
         lines += [f"├── {s.status.value}: {s.name}: {s.error_code}" for s in failed[:10]]
         opened = "opened here" if self.prediction is not None else "sealed for the querier"
@@ -105,6 +104,7 @@ class InferenceResult:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for JSON: no scores, no labels."""
+        total = self.epsilon_delta_total()
         return {
             "queries": self.n_queries,
             "seconds": self.seconds,
@@ -114,7 +114,8 @@ class InferenceResult:
             "rule_reason": self.reports[0].rule_reason,
             "protection": self.reports[0].protection,
             "reply_bytes_per_query": self.reply_bytes_per_query,
-            "epsilon_total": self.epsilon_total(),
+            "epsilon_total": None if total is None else total[0],
+            "delta_total": None if total is None else total[1],
             "reports": [report.to_dict() for report in self.reports],
             "profiles": {str(n): profile.to_dict() for n, profile in self.profiles.items()},
         }

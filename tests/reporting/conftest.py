@@ -3,6 +3,8 @@ import math
 
 import pytest
 
+from fedinfer_flower.reporting import write_report
+
 CLASSES = [str(digit) for digit in range(10)]
 
 
@@ -137,3 +139,10 @@ def single(results):
     results["best_site"]["name"] = results["sites"][0]["name"]
     results["by_alpha"] = results["by_alpha"][:1]
     return results
+
+
+@pytest.fixture(scope="session")
+def page(tmp_path_factory):
+    """The page of the untouched results, drawn once."""
+    path = tmp_path_factory.mktemp("report") / "report.html"
+    return write_report(copy.deepcopy(FULL), path).read_text(encoding="utf-8")

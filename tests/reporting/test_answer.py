@@ -36,14 +36,14 @@ def test_answer_sentences_compare_honestly(results, best, expected):
 
 def test_answer_sentences_unmeasured_protection_falls_back_to_clear(results):
     results["protections"] = []
-    assert "open-set-class-share in clear" in answer_sentences(results)[0]
+    assert "rule: open-set-class-share; no protection" in answer_sentences(results)[0]
 
 
 @pytest.mark.parametrize(
     ("protection", "expected"),
     [
-        ("plain", "Under in clear, the coordinator sees: each site's scores."),
-        ("dp", "Under Gaussian noise, the coordinator sees: noisy scores."),
+        ("plain", "Under this protection the coordinator sees: each site's scores."),
+        ("dp", "Under this protection the coordinator sees: noisy scores."),
         ("unknown", "The protection unknown was not measured in this run."),
     ],
 )

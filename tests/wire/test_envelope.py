@@ -85,7 +85,7 @@ def sample() -> bytes:
     )
 
 
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=100, deadline=None, derandomize=True)
 @given(ENVELOPES)
 def test_envelope_after_a_round_trip_is_the_same(envelope):
     data = encode(envelope)

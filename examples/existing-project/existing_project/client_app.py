@@ -1,10 +1,10 @@
 """A plain Flower FedAvg client. The last line is the one that is new."""
 
 import numpy as np
-from existing_project.task import fit, load, probabilities
 from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
+from existing_project.task import fit, load, probabilities
 from fedinfer_flower import InferenceMod, LocalModel
 
 app = ClientApp()

@@ -1,11 +1,11 @@
 """A plain Flower FedAvg server. The last two statements are the ones that are new."""
 
 import numpy as np
-from existing_project.task import queries
 from flwr.app import ArrayRecord
 from flwr.serverapp import ServerApp
 from flwr.serverapp.strategy import FedAvg
 
+from existing_project.task import queries
 from fedinfer_flower import FedEnsemble
 
 app = ServerApp()

@@ -3,10 +3,10 @@
 from collections import Counter
 
 from flwr.clientapp import ClientApp
-from quickstart.task import site_rows
 from sklearn.ensemble import RandomForestClassifier
 
 from fedinfer_flower import LocalModel, inference
+from quickstart.task import site_rows
 
 app = ClientApp()
 

@@ -3,10 +3,10 @@
 from pathlib import Path
 
 from flwr.serverapp import ServerApp
-from quickstart.task import split
 
 from fedinfer_flower import FedEnsemble
 from fedinfer_flower.wire.documents import QueryJob
+from quickstart.task import split
 
 app = ServerApp()
 
