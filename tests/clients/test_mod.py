@@ -141,6 +141,10 @@ def exits(rows):
     raise SystemExit(CANARY)
 
 
+def raises_our_own(rows):
+    raise QuorumNotMetError(f"{CANARY} {rows}", hint=CANARY)
+
+
 def odd_error(rows):
     raise type(CANARY.replace("-", "_"), (Exception,), {})(CANARY)
 
@@ -152,6 +156,7 @@ def recurses(rows):
 FAULTY_MODELS = {
     "raises": raises,
     "raises SystemExit": exits,
+    "raises an error of this package": raises_our_own,
     "raises an error named at run time": odd_error,
     "recurses": recurses,
     "returns None": lambda rows: None,
@@ -216,6 +221,10 @@ def load_exits(context):
     raise SystemExit(CANARY)
 
 
+def load_raises_our_own(context):
+    raise QuorumNotMetError(CANARY, hint=CANARY)
+
+
 def load_text(context):
     return CANARY
 
@@ -224,6 +233,7 @@ FAULTY_LOADERS = {
     "returns None": (load_nothing, "FI208"),
     "raises": (load_raises, "FI403"),
     "raises SystemExit": (load_exits, "FI403"),
+    "raises an error of this package": (load_raises_our_own, "FI403"),
     "returns text": (load_text, "FI208"),
     "no classes": (lambda context: model, "FI208"),
     "class twice": (lambda context: LocalModel(model=model, classes=["a", "a"]), "FI208"),
@@ -244,7 +254,7 @@ FAULTY_LOADERS = {
         lambda context: LocalModel(
             model=model, classes=["a", "b"], holdout=([[CANARY]] * 20, ["a"] * 20)
         ),
-        "FI403",
+        "FI404",
     ),
 }
 
@@ -257,6 +267,42 @@ def test_faulty_loader_gives_a_typed_error_and_leaks_nothing(make_site, caplog, 
 
     error = messages.read_error(unpack(reply.content), run_id=site.run_id, sender=1000)
     assert error.code == code
+    assert_clean(reply, caplog)
+
+
+@pytest.mark.parametrize(
+    "augment",
+    [
+        raises,
+        raises_our_own,
+        lambda rows: [],
+        lambda rows: None,
+        lambda rows: [rows[:1]],
+        lambda rows: [[[CANARY, CANARY]] * 2],
+        lambda rows: [np.full((2, 3), CANARY_NUMBER)],
+    ],
+)
+def test_faulty_augment_gives_a_typed_error_and_leaks_nothing(make_site, caplog, augment):
+    caplog.set_level(logging.DEBUG)
+
+    def picky(rows):
+        if rows.shape != (2, 2):
+            raise ValueError(f"{CANARY} {rows}")
+        return model(rows)
+
+    site = make_site(lambda context: LocalModel(model=picky, classes=["a", "b"], augment=augment))
+    asked = Question(
+        query_id="q-0",
+        inputs=np.full((2, 2), CANARY_NUMBER),
+        classes=("a", "b"),
+        n_sites=3,
+        rule="tta-kl",
+        protection="plain",
+    )
+    reply = site.reply(messages.question(asked, run_id=site.run_id), PREDICT)
+
+    error = messages.read_error(unpack(reply.content), run_id=site.run_id, sender=1000)
+    assert error.code in {"FI202", "FI304", "FI404"}
     assert_clean(reply, caplog)
 
 
@@ -361,7 +407,6 @@ def test_ping_is_answered_without_loading_the_model(make_site):
         ({"protection": "he", "rule": "median"}, "FI203"),
         ({"protection": "he"}, "FI301"),  # no key
         ({"protection": "he", "public_key": b"x" * 100, "key_id": "0f" * 32}, "FI303"),
-        ({"rule": "competence-vote"}, "FI202"),  # no holdout at this site
         ({"rule": "tta-kl"}, "FI202"),
         ({"rule": "open-set"}, "FI202"),
         ({"rule": "class-share"}, "FI202"),
