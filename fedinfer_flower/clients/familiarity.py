@@ -66,9 +66,9 @@ class Familiarity:
 
         At most 2000 evenly spaced examples are kept.
         """
-        rows = np.asarray(inputs, dtype=float).reshape(len(inputs), -1)
-        if len(rows) < 5:
+        if len(inputs) < 5:
             return None
+        rows = np.asarray(inputs, dtype=float).reshape(len(inputs), -1)
         step = math.ceil(len(rows) / _MAX_REFERENCE)
         rows = rows[::step]
         # One scale for all features unless their spreads differ by far: a pixel that is
@@ -81,7 +81,9 @@ class Familiarity:
             [_nearest(rows[i : i + 1], np.delete(rows, i, axis=0))[0] for i in range(len(rows))]
         )
         typical = math.sqrt(float(np.quantile(own, _QUANTILE)))
-        if typical < 1e-9:  # copies of each other tell nothing of what is near
+        # Copies of each other tell nothing of what is near. Their distance is not exactly
+        # zero: about 1e-8 of their length is lost in the difference of squares.
+        if typical <= 1e-6 * math.sqrt(float((rows**2).sum(axis=1).max())):
             return None
         return cls(reference=rows, scale=scale, typical_distance=typical)
 

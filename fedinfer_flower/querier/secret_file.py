@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import binascii
 import json
 import os
 from collections.abc import Mapping
@@ -79,6 +78,6 @@ def read_secret(path: Path) -> tuple[Protection, KeyPair, Asked, int]:
         }
         protection = make_protection(state["protection"], state["options"])
         return protection, keys, asked, int(state["tie-seed"])
-    except (KeyError, TypeError, ValueError, AttributeError, binascii.Error):
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError):
         # The cause would quote the file, which holds a key.
         raise EnvelopeError(f"{path} is not a querier's file") from None

@@ -36,7 +36,7 @@ def partition_rows(
     alpha : float
         Concentration of the Dirichlet scheme; small is skewed.
     classes_per_site : int
-        For the pathological scheme.
+        For the pathological scheme; rows of a class that falls to nobody are left out.
     min_size : int
         Fewest rows of a site under the Dirichlet scheme.
     seed : int

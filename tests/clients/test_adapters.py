@@ -122,9 +122,7 @@ def test_callable_of_probabilities_and_of_logits_agree():
         lambda rows: softmax(logits), classes=["a", "b"], outputs="probabilities"
     )
     np.testing.assert_array_equal(by_logits.logits(ROWS), logits)
-    np.testing.assert_allclose(
-        softmax(by_probabilities.logits(ROWS)), softmax(logits), rtol=1e-12
-    )
+    np.testing.assert_allclose(softmax(by_probabilities.logits(ROWS)), softmax(logits), rtol=1e-12)
 
 
 def test_callable_that_says_zero_gives_finite_logits():
@@ -132,7 +130,9 @@ def test_callable_that_says_zero_gives_finite_logits():
     np.testing.assert_allclose(adapter.logits(ROWS), [[np.log(PROBABILITY_FLOOR), 0.0]])
 
 
-@pytest.mark.parametrize("model", [3, "text", None, [1], object()], ids=str)
+@pytest.mark.parametrize(
+    "model", [3, "text", None, [1], object()], ids=lambda model: type(model).__name__
+)
 def test_model_that_nothing_fits_is_refused(model):
     with pytest.raises(ModelError, match="no adapter fits"):
         adapt(model, classes=["a"], outputs="logits")

@@ -18,7 +18,7 @@ from fedinfer_flower.errors import (
 )
 from fedinfer_flower.query import SiteStatus
 from fedinfer_flower.simulation.local_grid import LocalGrid
-from fedinfer_flower.strategies.pull_loop import Arrival, stream_replies
+from fedinfer_flower.strategies.pull_loop import PULL_BYTES, Arrival, stream_replies
 from fedinfer_flower.wire.actions import PING, message_type
 from fedinfer_flower.wire.envelope import Envelope, Kind
 from fedinfer_flower.wire.records import pack, unpack
@@ -439,11 +439,14 @@ def test_few_large_replies_are_pulled_at_a_time(grid):
 
     arrivals = list(
         stream_replies(
-            Watched(grid, 1000), pings(grid, range(1000, 1005)), timeout_s=5.0, reply_bytes=16 << 20
+            Watched(grid, 1000),
+            pings(grid, range(1000, 1005)),
+            timeout_s=5.0,
+            reply_bytes=PULL_BYTES // 2,
         )
     )
     assert len(arrivals) == 5
-    assert max(windows) == 2  # of the 32 MiB that may lie in memory together
+    assert max(windows) == 2  # two fill what may lie in memory together
 
 
 def test_nothing_is_yielded_after_the_deadline(grid):
