@@ -14,7 +14,7 @@ demo: $(VENV)/.demo
 	$(BIN)/fedinfer demo
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 check: $(VENV)/.dev
 	$(BIN)/ruff format --check .

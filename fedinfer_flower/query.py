@@ -137,6 +137,10 @@ class SiteProfile:
             "a site's name has 1 to 128 printable characters",
         )
         _require(0 < len(self.classes) <= MAX_CLASSES, f"a site has 1 to {MAX_CLASSES} classes")
+        _require(
+            all(0 < len(name) <= 256 and name.isprintable() for name in self.classes),
+            "class names have 1 to 256 printable characters",
+        )
         _require(len(set(self.classes)) == len(self.classes), "a site's class names are distinct")
         _require(
             (self.class_counts is None) == (self.counts_kind is CountsKind.WITHHELD),

@@ -19,13 +19,19 @@ _RATE: Final = 6.0
 _CHUNK: Final = 256
 
 
-def _nearest(queries: Array, reference: Array) -> Array:
-    """Return the squared distance of each query to its nearest reference row."""
+def _nearest(queries: Array, reference: Array, *, skip_self: bool = False) -> Array:
+    """Return the squared distance of each query to its nearest reference row.
+
+    With `skip_self`, queries are the reference rows and none is its own neighbour.
+    """
     nearest = np.empty(len(queries))
     norms = (reference**2).sum(axis=1)
     for start in range(0, len(queries), _CHUNK):
         rows = queries[start : start + _CHUNK]
         squared = (rows**2).sum(axis=1)[:, None] + norms - 2.0 * rows @ reference.T
+        if skip_self:
+            own = np.arange(len(rows))
+            squared[own, start + own] = np.inf
         nearest[start : start + _CHUNK] = np.maximum(squared.min(axis=1), 0.0)
     return nearest
 
@@ -46,6 +52,8 @@ class Familiarity:
     reference : float array of shape (n_examples, n_features)
     scale : float array of shape (n_features,)
         Features are divided by it.
+    centre : float array of shape (n_features,)
+        Then this is subtracted.
     typical_distance : float
         d0.
 
@@ -58,6 +66,7 @@ class Familiarity:
 
     reference: npt.NDArray[np.float64]
     scale: npt.NDArray[np.float64]
+    centre: npt.NDArray[np.float64]
     typical_distance: float
 
     @classmethod
@@ -77,18 +86,19 @@ class Familiarity:
         uneven = spread.max() > 30.0 * max(float(np.median(spread)), 1e-12)
         scale = np.maximum(spread, 1e-3 * spread.max() + 1e-12) if uneven else np.ones_like(spread)
         rows = rows / scale
-        own = np.array(
-            [_nearest(rows[i : i + 1], np.delete(rows, i, axis=0))[0] for i in range(len(rows))]
-        )
+        # Around the origin, where the difference of squares loses least.
+        centre = rows.mean(axis=0)
+        rows = rows - centre
+        own = _nearest(rows, rows, skip_self=True)
         typical = math.sqrt(float(np.quantile(own, _QUANTILE)))
         # Copies of each other tell nothing of what is near. Their distance is not exactly
         # zero: about 1e-8 of their length is lost in the difference of squares.
         if typical <= 1e-6 * math.sqrt(float((rows**2).sum(axis=1).max())):
             return None
-        return cls(reference=rows, scale=scale, typical_distance=typical)
+        return cls(reference=rows, scale=scale, centre=centre, typical_distance=typical)
 
     def score(self, inputs: npt.NDArray[np.generic]) -> Array:
         """Return familiarity of shape (n_queries,) with inputs."""
-        rows = np.asarray(inputs, dtype=float).reshape(len(inputs), -1) / self.scale
+        rows = np.asarray(inputs, dtype=float).reshape(len(inputs), -1) / self.scale - self.centre
         ratio = np.sqrt(_nearest(rows, self.reference)) / self.typical_distance
         return np.asarray(np.exp(-_RATE * np.maximum(ratio - 1.0, 0.0)))

@@ -131,6 +131,8 @@ class FedEnsemble(InferenceStrategy):
             raise InvalidValueError(
                 "min_query_nodes and batch_size are at least 1, min_available_nodes at least 0"
             )
+        if classes is not None and (not classes or len(set(classes)) != len(classes)):
+            raise InvalidValueError("classes are at least one, and none twice")
         self.deadline = deadline or Deadline()
         self.fraction_query = fraction_query
         self.min_query_nodes = min_query_nodes

@@ -17,6 +17,8 @@ from typing import Final
 from flwr.app import Message
 from flwr.serverapp import Grid
 
+from fedinfer_flower.errors import QueryError
+
 __all__ = ["Arrival", "stream_replies"]
 
 log = logging.getLogger("fedinfer_flower.coordinator")
@@ -67,11 +69,22 @@ def stream_replies(
         Longest pause when nothing new is there; the first are shorter.
     clock : callable
         Monotonic seconds.
+
+    Raises
+    ------
+    QueryError
+        If the messages cannot be pushed at all.
     """
     start = clock()
     # Both grids set the message id in place, but one leaves rejected messages out of its
     # answer and the other answers "": never zip the ids with the messages.
-    accepted = {message_id for message_id in grid.push_messages(messages) if message_id}
+    try:
+        accepted = {message_id for message_id in grid.push_messages(messages) if message_id}
+    except Exception as exc:
+        raise QueryError(
+            f"the SuperLink did not take the messages ({type(exc).__name__})",
+            hint="is it running, and reachable from the ServerApp?",
+        ) from exc
     pending: dict[str, int] = {}
     for message in messages:
         node_id = message.metadata.dst_node_id

@@ -78,6 +78,10 @@ class QueryJob:
             raise InvalidValueError(
                 f"batch_size is in [1, {DEFAULT_LIMITS.max_rows}], got {self.batch_size}"
             )
+        if self.classes is not None and (
+            not self.classes or len(set(self.classes)) != len(self.classes)
+        ):
+            raise InvalidValueError("a job names at least one class, and none twice")
         n_batches = -(-len(self.inputs) // self.batch_size)
         if n_batches > DEFAULT_LIMITS.max_sections:
             raise InvalidValueError(

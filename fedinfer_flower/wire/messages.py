@@ -127,8 +127,8 @@ def read_question(envelope: Envelope, *, limits: WireLimits = DEFAULT_LIMITS) ->
     """Read a question; the inputs are a read-only view of the message's bytes."""
     _require_kind(envelope, Kind.QUERY)
     envelope.require_sections("inputs", "public-key")
-    if not envelope.shape or not envelope.query_id:
-        raise EnvelopeError("a query without rows or without an id")
+    if len(envelope.shape) < 2 or not envelope.query_id:
+        raise EnvelopeError("a query that is not (n_queries, ...), or has no id")
     if envelope.shape[0] > limits.max_rows:
         raise SizeLimitError(f"{envelope.shape[0]} rows; the limit is {limits.max_rows}")
     meta = envelope.meta
