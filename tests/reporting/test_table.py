@@ -17,11 +17,11 @@ def test_summary_table_rows_and_columns(results):
     table = summary_table(results)
     assert [column.header for column in table.columns] == [
         "answered by",
-        "accuracy",
+        "right",
         "95 % interval",
-        "seconds",
-        "bytes a query",
-        "epsilon a query / total",
+        "s",
+        "B/query",
+        "ε query / all",
     ]
     assert table.row_count == 5 + 2 + 3 + 3 + 1
 

@@ -53,7 +53,8 @@ OPTIONS = st.dictionaries(st.text(max_size=9), SCALARS | st.floats(-1e9, 1e9), m
     batch_size=st.integers(1, 1000),
     options=OPTIONS,
     public_key=st.binary(max_size=40),
-    classes=st.none() | st.lists(st.text(max_size=9), max_size=4).map(tuple),
+    classes=st.none()
+    | st.lists(st.text(max_size=9), min_size=1, max_size=4, unique=True).map(tuple),
 )
 def test_job_after_a_round_trip_is_the_same(inputs, batch_size, options, public_key, classes):
     job = dataclasses.replace(
