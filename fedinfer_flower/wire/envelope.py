@@ -11,12 +11,17 @@ Layout (big-endian)::
     20      H      header: JSON object with exactly the fields of `Envelope`
     20+H    P      payload: the sections, one after another
 
+The header holds the payload's SHA-256, so that a damaged payload is noticed even where its
+bits happen to be other valid scores. That is no signature: a site can always send other
+scores than its model's.
+
 A decoder reads lengths first, compares them with its limits and with the number of bytes
 it holds, and only then looks at the content. It copies nothing: sections are views.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import struct
@@ -145,7 +150,7 @@ class Envelope:
 
 
 _FIELDS: Final = frozenset(
-    {"kind", "run", "query", "key", "sender", "shape", "codec", "meta", "sections"}
+    {"kind", "run", "query", "key", "sender", "shape", "codec", "meta", "sections", "digest"}
 )
 
 
@@ -157,8 +162,12 @@ def encode(envelope: Envelope) -> bytes:
     >>> decode(encode(Envelope(kind=Kind.PING, run_id=7))).run_id
     7
     """
+    digest = hashlib.sha256()
+    for _, data in envelope.sections:
+        digest.update(data)
     header = json.dumps(
         {
+            "digest": digest.hexdigest(),
             "kind": envelope.kind.value,
             "run": envelope.run_id,
             "query": envelope.query_id,
@@ -194,7 +203,11 @@ def decode(data: bytes | memoryview, *, limits: WireLimits = DEFAULT_LIMITS) -> 
     header_bytes, payload_bytes = _read_prefix(view, limits)
     start = _PREFIX.size
     header = _parse_header(bytes(view[start : start + header_bytes]))
-    sections = _split(view[start + header_bytes :], header["sections"], payload_bytes, limits)
+    payload = view[start + header_bytes :]
+    sections = _split(payload, header["sections"], payload_bytes, limits)
+    # Last: hashing is the only work here that grows with the payload.
+    if hashlib.sha256(payload).hexdigest() != header["digest"]:
+        raise EnvelopeError("the payload is not the one that the header describes")
     return Envelope(
         kind=_kind(header["kind"]),
         run_id=_unsigned(header["run"], "run"),
