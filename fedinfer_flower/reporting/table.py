@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from rich.box import SIMPLE
 from rich.table import Table
 from rich.text import Text
 
@@ -52,9 +53,10 @@ def summary_table(results: Mapping[str, Any]) -> Table:
     caption = (
         f"{FEDSEI_MARK} rule of FedSEI. A dash: no noise and hence no epsilon, or not measured."
     )
-    table = Table(title=Text(results["title"]), caption=caption)
+    # 80 columns are enough: no vertical lines.
+    table = Table(title=Text(results["title"]), caption=caption, box=SIMPLE, padding=(0, 1, 0, 0))
     # A narrow terminal must cut the figures' headings before the names.
-    table.add_column("answered by", overflow="fold", min_width=28)
+    table.add_column("answered by", overflow="fold", min_width=24)
     for name in _COLUMNS:
         table.add_column(name, justify="right", no_wrap=True)
     rows = summary_rows(results)
