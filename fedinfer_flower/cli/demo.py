@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from fedinfer_flower.ensemble.base import RULES, Disclosure
-from fedinfer_flower.errors import QueryError
-from fedinfer_flower.privacy.base import Protection, make_protection
+from fedinfer_flower.errors import InvalidValueError, QueryError
+from fedinfer_flower.privacy.base import PROTECTIONS, Protection, make_protection
 from fedinfer_flower.privacy.legality import refusal, require_legal
 from fedinfer_flower.querier import Querier
 from fedinfer_flower.query import Prediction
@@ -125,6 +125,8 @@ def demo_steps(options: DemoOptions) -> tuple[Step, ...]:
     ------
     IncompatibleProtection
         If the chosen rule cannot work under the protection asked for.
+    InvalidValueError
+        If the protection needs more sites.
     """
     chosen = _protection(Step(label="", rule="", protection=options.protect))
     if options.rule != "auto":
@@ -133,7 +135,16 @@ def demo_steps(options: DemoOptions) -> tuple[Step, ...]:
     # queries that are not counted, so that the figures below are of resident models.
     steps = [Step(label=f"warm-up-{i}", rule="mean-probability") for i in range(3)]
     steps += [Step(label=f"rule-{name}", rule=name) for name in RULES.names()]
-    wanted = dict.fromkeys(["plain", "he", "dp", options.protect])
+    if options.n_sites < chosen.min_cohort:
+        raise InvalidValueError(
+            f"{options.protect!r} needs at least {chosen.min_cohort} sites in a sum",
+            hint=f"fedinfer demo --sites {chosen.min_cohort}",
+        )
+    wanted = [
+        name
+        for name in dict.fromkeys(["plain", "he", "dp", options.protect])
+        if PROTECTIONS.get(name).min_cohort <= options.n_sites
+    ]
     for name in wanted:
         step = Step(label=f"protect-{name}", rule=options.rule, protection=name)
         if name == "dp":

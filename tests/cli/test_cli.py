@@ -49,6 +49,13 @@ def test_demo_illegal_rule_and_protection_ends_with_typed_error(tmp_path: Path) 
     assert "Traceback" not in done.stderr
 
 
+def test_demo_too_few_sites_for_protection_ends_with_typed_error(tmp_path: Path) -> None:
+    done = fedinfer("demo", "--sites", "2", "--dataset", "wine", cwd=tmp_path)
+
+    assert done.returncode == 2
+    assert "at least 3 sites" in done.stderr
+
+
 def test_demo_unknown_dataset_ends_with_typed_error(tmp_path: Path) -> None:
     done = fedinfer("demo", "--dataset", "imagenet", cwd=tmp_path)
 
