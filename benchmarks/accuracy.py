@@ -1,4 +1,4 @@
-"""Accuracy of every rule on digits over seeds and skews, beside sites and central bound.
+"""Accuracy of every rule over seeds and skews, beside sites and central bound.
 
 python benchmarks/accuracy.py --seeds 10
 """
@@ -22,36 +22,42 @@ from fedinfer_flower.simulation.partition import partition_rows
 ALPHAS = (0.1, 0.5, 1000.0)
 
 
-def one_run(alpha: float, seed: int, n_sites: int) -> dict[str, float]:
-    dataset = load_dataset("digits", seed=seed)
+def one_run(name: str, alpha: float, seed: int, n_sites: int) -> dict[str, float]:
+    dataset = load_dataset(name, seed=seed)
     n = len(dataset.test_labels)
     rows = partition_rows(dataset.train_labels, n_sites=n_sites, alpha=alpha, seed=seed)
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name) / "sites"
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place) / "sites"
         write_institutions(folder, dataset, rows, seed=seed)
         solo = solo_answers(folder, dataset, n_sites).hits(dataset.test_labels)
         hits = rules_in_clear(folder, dataset, n_sites, ("auto", *RULES.names()))
     found = {"(mean site)": float(solo.mean()), "(best site)": float(solo.max())}
     found |= {"(central bound)": float(central_bound(dataset, seed=seed)[1])}
-    return {name: right / n for name, right in (found | hits).items()}
+    return {rule: right / n for rule, right in (found | hits).items()}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=10)
+    parser.add_argument("--dataset", default="digits")
     parser.add_argument("--sites", type=int, default=5)
     options = parser.parse_args()
     logging.disable(logging.WARNING)
     table: dict[str, list[str]] = {}
     means: dict[float, dict[str, float]] = {}
     for alpha in ALPHAS:
-        runs = [one_run(alpha, seed, options.sites) for seed in range(options.seeds)]
+        runs = [
+            one_run(options.dataset, alpha, seed, options.sites) for seed in range(options.seeds)
+        ]
         means[alpha] = {}
         for name in runs[0]:
             values = 100 * np.array([run[name] for run in runs])
             means[alpha][name] = float(values.mean())
             table.setdefault(name, []).append(f"{values.mean():.1f} ± {values.std():.1f}")
-    print(f"digits, {options.sites} sites, {options.seeds} seeds: accuracy in %, mean ± std")
+    print(
+        f"{options.dataset}, {options.sites} sites, {options.seeds} seeds:"
+        " accuracy in %, mean ± std"
+    )
     print("| rule | " + " | ".join(f"α = {a:g}" for a in ALPHAS) + " |")
     print("|---|" + "---|" * len(ALPHAS))
     for name, cells in table.items():
