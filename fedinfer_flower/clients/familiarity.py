@@ -59,9 +59,11 @@ class Familiarity:
 
     Privacy
     -------
-    Everything nearer than d0 scores exactly 1, a training example and its neighbour
-    alike, so that the score does not single out members. Under `plain` the coordinator
-    sees the score's effect on the site's answers.
+    Everything nearer than d0 scores exactly 1, a training example and its near
+    neighbours alike. That does not hide an isolated example: a tenth of the training
+    rows lie further than d0 from all others, and a query equal to one of them scores 1
+    only because it is there. Whoever sees single scores can test membership of those:
+    the coordinator under `plain`, coordinator and querier together under `he`.
     """
 
     reference: npt.NDArray[np.float64]
