@@ -19,14 +19,24 @@ FedInferError
 │   ├── InvalidScoresError       FI306  NaN, infinite or out-of-bound scores
 │   ├── InvalidCiphertextError   FI307  bytes that are no ciphertext of this round
 │   ├── ProtectionRefusedError   FI308  the site does not answer under this protection
-│   └── LabelSpaceError          FI309  class names that do not fit the query
+│   ├── LabelSpaceError          FI309  class names that do not fit the query
+│   ├── SignatureError           FI310  a signature that is not by the key it claims
+│   ├── UntrustedKeyError        FI311  a key that is not the pinned one
+│   ├── SealError                FI312  sealed bytes that do not open with this key
+│   ├── ReplayError              FI313  a query id that was answered before
+│   ├── ExpiredError             FI314  a query after its time
+│   ├── BudgetExceededError      FI315  a privacy budget that does not cover the query
+│   ├── DifferencingError        FI316  the same rows to another cohort
+│   └── ReceiptError             FI317  a receipt that does not verify
 └── QueryError                   FI400  a run that did not go to its end
     ├── SiteFailedError          FI401  a site's app failed outside our handler
     ├── QuorumNotMetError        FI402  too few answers by the deadline
     ├── ModelLoadError           FI403  load_model failed at the site
     ├── ModelAnswerError         FI404  the local model failed on the query
     ├── NotEnoughNodesError      FI405  too few nodes came online
-    └── NotRegisteredError       FI406  the ClientApp has no inference handler
+    ├── NotRegisteredError       FI406  the ClientApp has no inference handler
+    ├── RecoveryError            FI407  a dropout that could not be made good
+    └── PartyFailedError         FI408  a party of a joint computation died or was late
 
 An error text says what happened, where, the likely cause and the next step. It never
 carries inputs, scores, prompts or keys: Flower sends texts of exceptions to the server.
@@ -38,9 +48,12 @@ from typing import ClassVar
 
 __all__ = [
     "BindingError",
+    "BudgetExceededError",
     "CapacityError",
     "ConfigError",
+    "DifferencingError",
     "EnvelopeError",
+    "ExpiredError",
     "FedInferError",
     "IncompatibleProtection",
     "InvalidCiphertextError",
@@ -54,16 +67,23 @@ __all__ = [
     "ModelLoadError",
     "NotEnoughNodesError",
     "NotRegisteredError",
+    "PartyFailedError",
     "ProtectionRefusedError",
     "ProtocolError",
     "QueryError",
     "QuorumNotMetError",
+    "ReceiptError",
+    "RecoveryError",
+    "ReplayError",
+    "SealError",
     "ShapeError",
+    "SignatureError",
     "SiteFailedError",
     "SizeLimitError",
     "UnknownConfigKeyError",
     "UnknownNameError",
     "UnsupportedVersionError",
+    "UntrustedKeyError",
     "error_class",
 ]
 
@@ -213,6 +233,54 @@ class LabelSpaceError(ProtocolError):
     code = "FI309"
 
 
+class SignatureError(ProtocolError):
+    """A signature that is not by the key that it claims."""
+
+    code = "FI310"
+
+
+class UntrustedKeyError(ProtocolError):
+    """A key that is not the one pinned for its owner."""
+
+    code = "FI311"
+
+
+class SealError(ProtocolError):
+    """Sealed bytes that do not open with this key, or were altered."""
+
+    code = "FI312"
+
+
+class ReplayError(ProtocolError):
+    """A query id that this site has answered before."""
+
+    code = "FI313"
+
+
+class ExpiredError(ProtocolError):
+    """A query that arrived after its time."""
+
+    code = "FI314"
+
+
+class BudgetExceededError(ProtocolError):
+    """The site's privacy budget does not cover the query; nothing was spent."""
+
+    code = "FI315"
+
+
+class DifferencingError(ProtocolError):
+    """The same rows asked of another cohort: the difference would single out a site."""
+
+    code = "FI316"
+
+
+class ReceiptError(ProtocolError):
+    """A receipt that does not verify."""
+
+    code = "FI317"
+
+
 class QueryError(FedInferError):
     """A query that did not go to its end."""
 
@@ -253,6 +321,18 @@ class NotRegisteredError(QueryError):
     """The site's ClientApp has no inference handler."""
 
     code = "FI406"
+
+
+class RecoveryError(QueryError):
+    """A site dropped out, and the others could not make good for it."""
+
+    code = "FI407"
+
+
+class PartyFailedError(QueryError):
+    """A party of a joint computation died, was late, or broke the protocol."""
+
+    code = "FI408"
 
 
 def _walk(cls: type[FedInferError]) -> dict[str, type[FedInferError]]:
