@@ -99,7 +99,7 @@ ALLOWED = {
     "registry": {"errors"},
     "query": {"errors"},
     "ensemble": {"errors", "registry", "query"},
-    "privacy": {"errors", "registry", "query", "ensemble"},
+    "privacy": {"errors", "registry", "query", "ensemble", "wire"},
     "wire": {"errors", "registry", "query"},
     "clients": {"errors", "registry", "query", "ensemble", "privacy", "wire"},
     "querier": {"errors", "registry", "query", "ensemble", "privacy", "wire"},

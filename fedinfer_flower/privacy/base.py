@@ -33,7 +33,9 @@ from fedinfer_flower.errors import (
     MissingExtraError,
     QuorumNotMetError,
 )
+from fedinfer_flower.privacy.cohort import Cohort
 from fedinfer_flower.registry import Registry
+from fedinfer_flower.wire.identity import Identity
 
 __all__ = [
     "PROTECTIONS",
@@ -134,10 +136,14 @@ class CoordinatorSide(Protocol):
     number of sites. Nothing that `add` raises leaves a trace in the sum.
     """
 
-    n_sites: int
+    @property
+    def n_sites(self) -> int:
+        """Sites in the sum."""
 
-    def add(self, payload: bytes | memoryview) -> None:
+    def add(self, payload: bytes | memoryview, *, sender: str = "") -> None:
         """Validate a payload and fold it in.
+
+        `sender` is the site's key id; protections that bind payloads to sites need it.
 
         Raises
         ------
@@ -206,13 +212,16 @@ class Protection(ABC):
         What the coordinator is shown.
     needs_key : bool
         Whether the querier holds a secret that must not be at the coordinator.
+    needs_roster : bool
+        Whether payloads are bound to the keys of all sites of the batch.
     min_cohort : int
-        Fewest sites whose combination may be released.
+        Fewest sites whose combination may ever be released.
     """
 
     name: ClassVar[str] = ""
     reveals: ClassVar[Disclosure] = Disclosure.SUM
     needs_key: ClassVar[bool] = False
+    needs_roster: ClassVar[bool] = False
     min_cohort: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
@@ -237,19 +246,24 @@ class Protection(ABC):
         """
         return None
 
-    def require_cohort(self, n_sites: int) -> None:
+    def least_sites(self, n_sites_max: int) -> int:  # noqa: ARG002
+        """Return the fewest sites of a cohort of `n_sites_max` whose combination is released."""
+        return self.min_cohort
+
+    def require_cohort(self, n_sites: int, plan: ScorePlan) -> None:
         """Refuse to release a combination of too few sites (coordinator).
 
         Raises
         ------
         QuorumNotMetError
-            If there are fewer than `min_cohort` sites.
+            If there are fewer than `least_sites`.
         """
-        if n_sites < self.min_cohort:
+        least = self.least_sites(plan.n_sites_max)
+        if n_sites < least:
             raise QuorumNotMetError(
-                f"{n_sites} sites answered; protection {self.name!r} combines at least"
-                f" {self.min_cohort}",
-                hint=f"ask more sites, or set quorum to {self.min_cohort} or more",
+                f"{n_sites} sites answered; protection {self.name!r} combines at least {least}"
+                f" of {plan.n_sites_max}",
+                hint=f"ask more sites, or set quorum to {least} or more",
             )
 
     def check_cohort(self, n_sites: int, plan: ScorePlan) -> None:
@@ -260,10 +274,11 @@ class Protection(ABC):
         EnvelopeError
             If no round of this plan can end with so many sites.
         """
-        if not self.min_cohort <= n_sites <= plan.n_sites_max:
+        least = self.least_sites(plan.n_sites_max)
+        if not least <= n_sites <= plan.n_sites_max:
             raise EnvelopeError(
                 f"a total of {n_sites} sites does not fit protection {self.name!r}, which"
-                f" combines {self.min_cohort} to {plan.n_sites_max} in this round"
+                f" combines {least} to {plan.n_sites_max} in this round"
             )
 
     @abstractmethod
@@ -271,12 +286,25 @@ class Protection(ABC):
         """Return the most bytes that an honest payload can have; a longer one is refused."""
 
     @abstractmethod
-    def site_side(self, plan: ScorePlan, *, public_key: bytes) -> SiteSide:
-        """Build the site's side from public material."""
+    def site_side(
+        self,
+        plan: ScorePlan,
+        *,
+        public_key: bytes,
+        cohort: Cohort | None = None,
+        identity: Identity | None = None,
+    ) -> SiteSide:
+        """Build the site's side from public material and, for masks, the site's own keys."""
 
     @abstractmethod
     def coordinator_side(
-        self, plan: ScorePlan, *, n_queries: int, rule: EnsembleRule, public_key: bytes
+        self,
+        plan: ScorePlan,
+        *,
+        n_queries: int,
+        rule: EnsembleRule,
+        public_key: bytes,
+        cohort: Cohort | None = None,
     ) -> CoordinatorSide:
         """Build the coordinator's side. `rule` is used where scores are revealed."""
 
@@ -285,7 +313,9 @@ class Protection(ABC):
         return KeyPair()
 
     @abstractmethod
-    def querier_side(self, plan: ScorePlan, *, keys: KeyPair) -> QuerierSide:
+    def querier_side(
+        self, plan: ScorePlan, *, keys: KeyPair, cohort: Cohort | None = None
+    ) -> QuerierSide:
         """Build the querier's side around its own keys."""
 
 

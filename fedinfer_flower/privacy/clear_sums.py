@@ -59,7 +59,7 @@ class ClearSum:
 
     def total(self) -> bytes:
         """Return the sum, or as 64-bit floats what the rule makes of the scores."""
-        self._protection.require_cohort(self.n_sites)
+        self._protection.require_cohort(self.n_sites, self.plan)
         if self.plan.discloses is Disclosure.SUM:
             return self._sum.tobytes()
         return self._combined().astype("<f8").tobytes()

@@ -16,8 +16,10 @@ from fedinfer_flower.privacy.base import (
     ScorePlan,
     SiteSide,
 )
+from fedinfer_flower.privacy.cohort import Cohort
 from fedinfer_flower.privacy.gaussian_mechanism import GaussianMechanism
 from fedinfer_flower.privacy.randomised_response import RandomisedResponse
+from fedinfer_flower.wire.identity import Identity
 
 __all__ = ["DP"]
 
@@ -163,7 +165,14 @@ class DP(Protection):
             return 4 * n_queries * plan.width
         return n_queries * self._response(plan).label_bytes
 
-    def site_side(self, plan: ScorePlan, *, public_key: bytes) -> SiteSide:  # noqa: ARG002
+    def site_side(
+        self,
+        plan: ScorePlan,
+        *,
+        public_key: bytes,  # noqa: ARG002
+        cohort: Cohort | None = None,  # noqa: ARG002
+        identity: Identity | None = None,  # noqa: ARG002
+    ) -> SiteSide:
         """Build the site's side; there is no key.
 
         Raises
@@ -183,12 +192,19 @@ class DP(Protection):
         n_queries: int,
         rule: EnsembleRule,
         public_key: bytes,  # noqa: ARG002
+        cohort: Cohort | None = None,  # noqa: ARG002
     ) -> CoordinatorSide:
         """Build the coordinator's side; there is no key."""
         mechanism = self._gaussian(plan) if self._is_gaussian else self._response(plan)
         return mechanism.coordinator_side(self, plan, n_queries, rule)
 
-    def querier_side(self, plan: ScorePlan, *, keys: KeyPair) -> QuerierSide:  # noqa: ARG002
+    def querier_side(
+        self,
+        plan: ScorePlan,
+        *,
+        keys: KeyPair,  # noqa: ARG002
+        cohort: Cohort | None = None,  # noqa: ARG002
+    ) -> QuerierSide:
         """Build the querier's side; there is no key."""
         mechanism = self._gaussian(plan) if self._is_gaussian else self._response(plan)
         return mechanism.querier_side(self, plan)

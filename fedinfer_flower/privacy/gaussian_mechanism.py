@@ -127,7 +127,7 @@ class _Coordinator(ClearSum):
         super().__init__(protection, plan, n_queries, rule, dtype="<i8")
         self._mechanism = mechanism
 
-    def add(self, payload: bytes | memoryview) -> None:
+    def add(self, payload: bytes | memoryview, *, sender: str = "") -> None:  # noqa: ARG002
         self.plan.require_room(self.n_sites)
         entries = read_array(payload, "<i4", self.shape).astype(np.int64)
         if bool((np.abs(entries) > self._mechanism.entry_max).any()):

@@ -25,9 +25,11 @@ from fedinfer_flower.privacy import he_context
 from fedinfer_flower.privacy.base import PROTECTIONS, KeyPair, Protection, ScorePlan
 from fedinfer_flower.privacy.checks import ROUNDING_SLACK, check_scores, require_within
 from fedinfer_flower.privacy.ciphertext_gate import packed_bytes
+from fedinfer_flower.privacy.cohort import Cohort
 from fedinfer_flower.privacy.fixed_point import FixedPoint
 from fedinfer_flower.privacy.he_context import Vector
 from fedinfer_flower.privacy.he_schemes import BFV, CKKS, SCHEMES, Scheme
+from fedinfer_flower.wire.identity import Identity
 
 __all__ = ["HomomorphicEncryption", "ckks_tolerance"]
 
@@ -137,7 +139,14 @@ class HomomorphicEncryption(Protection):
         n_chunks = -(-n_queries * plan.width // scheme.slots)
         return _HEADER.size + n_chunks * packed_bytes(scheme.ciphertext_primes)
 
-    def site_side(self, plan: ScorePlan, *, public_key: bytes) -> _HeSite:
+    def site_side(
+        self,
+        plan: ScorePlan,
+        *,
+        public_key: bytes,
+        cohort: Cohort | None = None,  # noqa: ARG002
+        identity: Identity | None = None,  # noqa: ARG002
+    ) -> _HeSite:
         """Build the site's side around the querier's public key.
 
         Raises
@@ -163,6 +172,7 @@ class HomomorphicEncryption(Protection):
         n_queries: int,
         rule: EnsembleRule,  # noqa: ARG002
         public_key: bytes,
+        cohort: Cohort | None = None,  # noqa: ARG002
     ) -> _HeCoordinator:
         """Build the coordinator's side around the querier's public key.
 
@@ -187,7 +197,13 @@ class HomomorphicEncryption(Protection):
         public, secret = he_context.new_keys(SCHEMES[self.scheme])
         return KeyPair(public_key=public, secret_key=secret)
 
-    def querier_side(self, plan: ScorePlan, *, keys: KeyPair) -> _HeQuerier:
+    def querier_side(
+        self,
+        plan: ScorePlan,
+        *,
+        keys: KeyPair,
+        cohort: Cohort | None = None,  # noqa: ARG002
+    ) -> _HeQuerier:
         """Build the querier's side around its own keys."""
         return _HeQuerier(_Frame(self, plan, keys.public_key), keys)
 
@@ -310,7 +326,7 @@ class _HeCoordinator:
     def __repr__(self) -> str:
         return f"<he coordinator side, scheme {self._frame.scheme.name}, {self.n_sites} sites>"
 
-    def add(self, payload: bytes | memoryview) -> None:
+    def add(self, payload: bytes | memoryview, *, sender: str = "") -> None:  # noqa: ARG002
         self._frame.plan.require_room(self.n_sites)
         vectors = self._frame.read(payload, self._n_queries, self._frame.context)
         if self._sum:
@@ -320,7 +336,7 @@ class _HeCoordinator:
         self.n_sites += 1
 
     def total(self) -> bytes:
-        self._frame.protection.require_cohort(self.n_sites)
+        self._frame.protection.require_cohort(self.n_sites, self._frame.plan)
         scheme = self._frame.scheme
         packed = (he_context.pack_vector(vector, scheme) for vector in self._sum)
         return self._frame.write(self._n_queries, packed)

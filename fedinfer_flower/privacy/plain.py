@@ -14,6 +14,8 @@ from fedinfer_flower.privacy.checks import (
     require_within,
 )
 from fedinfer_flower.privacy.clear_sums import ClearSum
+from fedinfer_flower.privacy.cohort import Cohort
+from fedinfer_flower.wire.identity import Identity
 
 __all__ = ["Plain"]
 
@@ -57,7 +59,14 @@ class Plain(Protection):
         """Return four bytes an entry."""
         return 4 * n_queries * plan.width
 
-    def site_side(self, plan: ScorePlan, *, public_key: bytes) -> _PlainSite:  # noqa: ARG002
+    def site_side(
+        self,
+        plan: ScorePlan,
+        *,
+        public_key: bytes,  # noqa: ARG002
+        cohort: Cohort | None = None,  # noqa: ARG002
+        identity: Identity | None = None,  # noqa: ARG002
+    ) -> _PlainSite:
         """Build the site's side; there is no key."""
         return _PlainSite(plan)
 
@@ -68,11 +77,18 @@ class Plain(Protection):
         n_queries: int,
         rule: EnsembleRule,
         public_key: bytes,  # noqa: ARG002
+        cohort: Cohort | None = None,  # noqa: ARG002
     ) -> _PlainCoordinator:
         """Build the coordinator's side; there is no key."""
         return _PlainCoordinator(self, plan, n_queries, rule, dtype="<f8")
 
-    def querier_side(self, plan: ScorePlan, *, keys: KeyPair) -> _PlainQuerier:  # noqa: ARG002
+    def querier_side(
+        self,
+        plan: ScorePlan,
+        *,
+        keys: KeyPair,  # noqa: ARG002
+        cohort: Cohort | None = None,  # noqa: ARG002
+    ) -> _PlainQuerier:
         """Build the querier's side; there is no key."""
         return _PlainQuerier(self, plan)
 
@@ -87,7 +103,7 @@ class _PlainSite:
 
 
 class _PlainCoordinator(ClearSum):
-    def add(self, payload: bytes | memoryview) -> None:
+    def add(self, payload: bytes | memoryview, *, sender: str = "") -> None:  # noqa: ARG002
         self.plan.require_room(self.n_sites)
         scores = read_array(payload, "<f4", self.shape)
         require_within(scores, self.plan.bound * (1.0 + ROUNDING_SLACK), what="a site's scores")

@@ -155,7 +155,7 @@ class _Coordinator(ClearSum):
         super().__init__(protection, plan, n_queries, rule, dtype="<i8")
         self._mechanism = mechanism
 
-    def add(self, payload: bytes | memoryview) -> None:
+    def add(self, payload: bytes | memoryview, *, sender: str = "") -> None:  # noqa: ARG002
         self.plan.require_room(self.n_sites)
         column = (self.shape[0], 1)
         labels = read_array(payload, self._mechanism.dtype, column).astype(np.int64)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
 from fedinfer_flower.errors import BindingError, EnvelopeError
@@ -65,6 +65,10 @@ class Roster:
     """
 
     seats: tuple[Seat, ...]
+    _raw: bytes = field(init=False, repr=False, compare=False)
+    _digest: bytes = field(init=False, repr=False, compare=False)
+    _key_ids: tuple[str, ...] = field(init=False, repr=False, compare=False)
+    _places: dict[str, int] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         ordered = sorted(self.seats, key=lambda seat: seat.identity.key_id)
@@ -73,6 +77,13 @@ class Roster:
         agreement = {seat.identity.agreement_key for seat in ordered}
         if len(set(keys)) != len(keys) or len(agreement) != len(keys):
             raise EnvelopeError("a roster with the same key twice")
+        # Worked out once: a roster of a thousand sites is looked up thousands of times.
+        raw = b"".join(
+            seat.identity.to_bytes() + bytes.fromhex(seat.commitment) for seat in ordered
+        )
+        object.__setattr__(self, "_raw", raw)
+        object.__setattr__(self, "_digest", hashlib.sha256(raw).digest())
+        object.__setattr__(self, "_key_ids", tuple(keys))
         object.__setattr__(self, "_places", {key: place for place, key in enumerate(keys)})
 
     def __len__(self) -> int:
@@ -81,7 +92,7 @@ class Roster:
     @property
     def key_ids(self) -> tuple[str, ...]:
         """Fingerprints of the sites, in order."""
-        return tuple(seat.identity.key_id for seat in self.seats)
+        return self._key_ids
 
     def place_of(self, key_id: str) -> int:
         """Return a site's place.
@@ -91,18 +102,17 @@ class Roster:
         BindingError
             If it has none.
         """
-        places: dict[str, int] = self._places  # type: ignore[attr-defined]
-        if key_id not in places:
+        if key_id not in self._places:
             raise BindingError(f"the site with key {key_id[:16]} is not in the query's roster")
-        return places[key_id]
+        return self._places[key_id]
 
     def digest(self) -> bytes:
         """Return the SHA-256 of the byte form."""
-        return hashlib.sha256(self.to_bytes()).digest()
+        return self._digest
 
     def to_bytes(self) -> bytes:
         """Return 96 bytes a site: both keys and the commitment."""
-        return b"".join(s.identity.to_bytes() + bytes.fromhex(s.commitment) for s in self.seats)
+        return self._raw
 
     @classmethod
     def from_bytes(cls, data: bytes | memoryview) -> Roster:

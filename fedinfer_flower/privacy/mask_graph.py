@@ -1,0 +1,65 @@
+"""Which sites share a mask with which.
+
+Up to 50 sites, all do. Beyond, every site shares masks with 50 others: they stand on a
+circle, in an order that follows from the session's digest, and each takes the 25 nearest on
+both sides. Such a circulant graph has the largest connectivity that its degree allows: it
+stays in one piece unless 50 sites are taken out of it. So only the sum of *all* honest sites
+can be isolated, not the sum of a few, as long as fewer than 50 sites drop out or collude.
+
+References
+----------
+.. [1] Harary, The maximum connectivity of a graph, PNAS 1962.
+.. [2] Bell, Bonawitz, Gascon, Lepoint and Raykova, Secure Single-Server Aggregation with
+   (Poly)Logarithmic Overhead, CCS 2020 (sparse graphs for pairwise masks).
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from typing import Final
+
+__all__ = ["FULL_GRAPH_MAX", "neighbours"]
+
+FULL_GRAPH_MAX: Final = 50
+_HALF_DEGREE: Final = 25
+
+
+def neighbours(place: int, n_sites: int, session: bytes) -> tuple[int, ...]:
+    """Return the places that share a mask with `place`, in order.
+
+    Parameters
+    ----------
+    place : int
+        In [0, n_sites).
+    n_sites : int
+    session : bytes
+        Digest that all sites know; fixes the order on the circle.
+
+    Examples
+    --------
+    >>> neighbours(1, 4, b"")
+    (0, 2, 3)
+    >>> len(neighbours(7, 1000, b""))
+    50
+    """
+    if n_sites <= FULL_GRAPH_MAX + 1:
+        return tuple(p for p in range(n_sites) if p != place)
+    circle, position = _circle(n_sites, session)
+    here = position[place]
+    steps = [*range(-_HALF_DEGREE, 0), *range(1, _HALF_DEGREE + 1)]
+    return tuple(sorted(circle[(here + step) % n_sites] for step in steps))
+
+
+@functools.lru_cache(maxsize=16)
+def _circle(n_sites: int, session: bytes) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return (place at each position, position of each place)."""
+
+    def key(place: int) -> bytes:
+        return hashlib.sha256(b"fedinfer/v1/circle|" + session + place.to_bytes(4, "big")).digest()
+
+    circle = tuple(sorted(range(n_sites), key=key))
+    position = [0] * n_sites
+    for where, place in enumerate(circle):
+        position[place] = where
+    return circle, tuple(position)
