@@ -1,0 +1,88 @@
+"""`fedinfer verify`: check a receipt, offline."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fedinfer_flower.errors import ConfigError, SizeLimitError
+
+__all__ = ["verify"]
+
+
+def verify(
+    file: Annotated[Path, typer.Argument(help="receipt, as the coordinator wrote it")],
+    pins: Annotated[Path | None, typer.Option(help="TOML with [sites] and [queriers]")] = None,
+    coordinator: Annotated[str, typer.Option(help="key id that must have signed it all")] = "",
+    as_json: Annotated[bool, typer.Option("--json", help="print the checks as JSON")] = False,
+) -> None:
+    """Check a receipt offline, and say who could have learnt what.
+
+    Exit status 1 if a check fails, 2 if the file is no receipt.
+
+    Example: fedinfer verify receipt.json --pins pins.toml
+    """
+    from fedinfer_flower.receipts.receipt import MAX_RECEIPT_BYTES
+    from fedinfer_flower.receipts.verification import verify as verify_bytes
+    from fedinfer_flower.wire.pins import read_pins
+
+    pinned = None if pins is None else read_pins(pins)
+    try:
+        n_bytes = file.stat().st_size
+        if n_bytes > MAX_RECEIPT_BYTES:
+            raise SizeLimitError(f"a receipt of {n_bytes} bytes; the limit is {MAX_RECEIPT_BYTES}")
+        data = file.read_bytes()
+    except OSError as exc:
+        raise ConfigError(
+            f"the receipt {file.name!r} cannot be read: {type(exc).__name__}",
+            hint="give the path of a file",
+        ) from None
+    found = verify_bytes(
+        data,
+        pins=None if pinned is None else pinned.sites,
+        # A pin file without queriers says nothing about them.
+        queriers=pinned.queriers if pinned is not None and pinned.queriers else None,
+        coordinator_key_id=coordinator or None,
+    )
+    if as_json:
+        typer.echo(json.dumps(found.to_dict()))
+    else:
+        _show(found.to_dict())
+    if not found.ok:
+        raise typer.Exit(1)
+
+
+def _show(found: dict[str, object]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    plain = json.loads(json.dumps(found))
+    console = Console()
+    style = {"ok": "green", "failed": "red", "not checked": "yellow"}
+    checks = Table("", "check", "found", box=None)
+    for check in plain["checks"]:
+        outcome = check["outcome"]
+        # Names in a receipt are its author's: shown as text, never as markup.
+        words = Text(f"{check['words']} {check['code']}".strip())
+        checks.add_row(Text(outcome, style=style[outcome]), Text(check["name"]), words)
+    console.print(checks)
+    totals = Table("site", "batches", "rows", "charged", "epsilon", "delta", title="Totals")
+    for total in plain["totals"]:
+        numbers = (total["n_batches"], total["n_rows"], total["n_fresh_rows"])
+        privacy = (total["epsilon"], total["delta"])
+        cells = [str(n) for n in numbers] + ["none" if n is None else f"{n:.6g}" for n in privacy]
+        totals.add_row(Text(total["site"]), *cells)
+    console.print(totals)
+    # Of a receipt that failed this may be anybody's words.
+    warning = "" if plain["ok"] else " (the receipt failed: do not rely on this)"
+    learns = Table("about", "who", "learns", title=f"Who could learn what{warning}")
+    for line in plain["who_can_learn_what"]:
+        learns.add_row(*(Text(line[name]) for name in ("about", "party", "learns")))
+    console.print(learns)
+    verdict = "the receipt verifies" if plain["ok"] else "the receipt does NOT verify"
+    n_open = sum(check["outcome"] == "not checked" for check in plain["checks"])
+    console.print(Text(f"{verdict}; {n_open} checks could not be made"))
