@@ -106,6 +106,11 @@ class SiteProfile:
         Free text such as ``{"kind": "random forest"}``.
     price_per_query : float
         What the site asks for one query row; 0.0 if nothing.
+    model_digest : str
+        Names the model behind the answers; empty if the site does not say.
+    record_epsilon, record_delta : float, optional
+        Differential privacy of the model's training, for replacing one training record;
+        None without. The site's claim.
 
     Privacy
     -------
@@ -122,6 +127,9 @@ class SiteProfile:
     familiarity: bool = False
     model_card: Mapping[str, str] = field(default_factory=dict)
     price_per_query: float = 0.0
+    model_digest: str = ""
+    record_epsilon: float | None = None
+    record_delta: float | None = None
 
     def __post_init__(self) -> None:
         # As they are after their journey: 1 and 1.0 are equal, but not in a digest.
@@ -129,6 +137,9 @@ class SiteProfile:
         object.__setattr__(self, "model_card", MappingProxyType(card))
         for name in ("temperature", "price_per_query"):
             object.__setattr__(self, name, float(getattr(self, name)))
+        for name in ("record_epsilon", "record_delta"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, float(getattr(self, name)))
         if self.class_counts is not None:
             object.__setattr__(self, "class_counts", tuple(float(n) for n in self.class_counts))
         # The name ends in logs and terminals.
@@ -164,6 +175,21 @@ class SiteProfile:
             math.isfinite(self.price_per_query) and self.price_per_query >= 0.0,
             "price_per_query is a number that is not negative",
         )
+        _require(
+            len(self.model_digest) <= 128 and (self.model_digest + "x").isprintable(),
+            "a model's digest has at most 128 printable characters",
+        )
+        _require(
+            (self.record_epsilon is None) == (self.record_delta is None),
+            "record_epsilon and record_delta come together",
+        )
+        if self.record_epsilon is not None and self.record_delta is not None:
+            _require(
+                math.isfinite(self.record_epsilon)
+                and self.record_epsilon >= 0.0
+                and 0.0 <= self.record_delta < 1.0,
+                "record_epsilon is not negative and record_delta is in [0, 1)",
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for JSON."""

@@ -21,7 +21,7 @@ from fedinfer_flower.errors import InvalidValueError, UnknownNameError
 __all__ = ["Registry"]
 
 T = TypeVar("T")
-_NAME = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")
+_NAME = re.compile(r"[a-z][a-z0-9]*([-+][a-z0-9]+)*")
 
 
 class Registry(Generic[T]):

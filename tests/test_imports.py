@@ -101,9 +101,14 @@ ALLOWED = {
     "ensemble": {"errors", "registry", "query"},
     "privacy": {"errors", "registry", "query", "ensemble", "wire"},
     "wire": {"errors", "registry", "query"},
-    "clients": {"errors", "registry", "query", "ensemble", "privacy", "wire"},
-    "querier": {"errors", "registry", "query", "ensemble", "privacy", "wire"},
-    "strategies": {"errors", "registry", "query", "ensemble", "privacy", "wire", "querier"},
+    "receipts": {"errors", "privacy", "wire"},
+    "planning": {"errors", "registry", "query", "ensemble", "privacy", "wire"},
+    "clients": {"errors", "registry", "query", "ensemble", "privacy", "wire", "receipts"},
+    "querier": {"errors", "registry", "query", "ensemble", "privacy", "wire", "planning"},
+    "strategies": {
+        *("errors", "registry", "query", "ensemble", "privacy", "wire", "planning", "querier"),
+        "receipts",
+    },
 }
 
 

@@ -2,119 +2,179 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
+from fedinfer_flower.clients.consent import Consent
+from fedinfer_flower.clients.recovering import recovery_context
+from fedinfer_flower.clients.remembered import Charged, charged_payload
+from fedinfer_flower.clients.site_memory import SiteMemory
 from fedinfer_flower.clients.site_model import SiteModel
-from fedinfer_flower.ensemble.base import Array, EnsembleRule, Evidence
+from fedinfer_flower.ensemble.base import Array, Disclosure, EnsembleRule, Evidence, make_rule
 from fedinfer_flower.errors import (
     BindingError,
+    ExpiredError,
     InvalidScoresError,
     InvalidValueError,
     ProtectionRefusedError,
 )
-from fedinfer_flower.privacy.base import Protection, ScorePlan, key_id_of
+from fedinfer_flower.privacy.base import Protection, ScorePlan, key_id_of, make_protection
+from fedinfer_flower.privacy.cohort import Cohort
 from fedinfer_flower.privacy.legality import require_legal
+from fedinfer_flower.privacy.row_digest import EXACT_SUM_CONTEXT, row_digests
 from fedinfer_flower.wire.messages import Question
+from fedinfer_flower.wire.sealed_query import seal_answer
 
-__all__ = ["Consent", "answer_question"]
+__all__ = ["Answer", "answer_question"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Consent:
-    """What a site agrees to. The coordinator cannot widen it.
+class Answer:
+    """What leaves the site for one question, and what it cost.
 
     Parameters
     ----------
-    protections : frozenset of str, optional
-        Protections under which the site answers; None for all.
-    querier_key_ids : frozenset of str, optional
-        Fingerprints of the queriers' keys for which the site encrypts; None for any.
-    max_epsilon_per_query : float, optional
-        Most epsilon that the site spends on one query row under `dp`; None for no limit.
-
-    Privacy
-    -------
-    Without `querier_key_ids` a dishonest coordinator can put a key of its own in place
-    of the querier's, and read every answer that is encrypted for it.
+    payload : bytes
+    width : int
+        Entries of one score.
+    protection : Protection
+    rule : EnsembleRule
+    charged : Charged
     """
 
-    protections: frozenset[str] | None = None
-    querier_key_ids: frozenset[str] | None = field(default=None)
-    max_epsilon_per_query: float | None = None
-
-    def check(self, asked: Question, protection: Protection, plan: ScorePlan) -> None:
-        """Refuse what the site did not agree to.
-
-        Raises
-        ------
-        ProtectionRefusedError
-            With the rule that forbids it.
-        """
-        if self.protections is not None and protection.name not in self.protections:
-            raise ProtectionRefusedError(
-                f"this site does not answer under {protection.name!r}",
-                hint=f"use {' or '.join(sorted(self.protections))}",
-            )
-        if asked.n_sites < protection.min_cohort:
-            raise ProtectionRefusedError(
-                f"{protection.name!r} needs at least {protection.min_cohort} sites in a sum,"
-                f" {asked.n_sites} are asked"
-            )
-        if (
-            protection.needs_key
-            and self.querier_key_ids is not None
-            and asked.key_id not in self.querier_key_ids
-        ):
-            raise ProtectionRefusedError(
-                "this site does not know the querier's key",
-                hint="give the site the key id that 'fedinfer querier ask' printed, and ask"
-                " again with --reuse",
-            )
-        spent = protection.epsilon_delta(plan)
-        limit = self.max_epsilon_per_query
-        if spent is not None and limit is not None and spent[0] > limit:
-            raise ProtectionRefusedError(
-                f"epsilon {spent[0]:g} a query is above this site's limit of {limit:g}"
-            )
+    payload: bytes
+    width: int
+    protection: Protection
+    rule: EnsembleRule
+    charged: Charged
 
 
-def answer_question(model: SiteModel, asked: Question, consent: Consent) -> tuple[bytes, int]:
-    """Return (payload, score width) of this site's answer.
+def answer_question(
+    model: SiteModel,
+    asked: Question,
+    consent: Consent,
+    memory: SiteMemory,
+    *,
+    sealed: bool,
+    now_s: float,
+) -> Answer:
+    """Answer a question, or refuse it before anything is spent.
 
-    Order matters: consent and legality come before the model sees the query, the
-    model before the protection, and a score that is not finite or larger than its rule
-    allows is refused before it is protected, where nobody could see it any more.
+    Order matters: expiry, consent and legality come before the query id is used up, that
+    before the budget, the budget before the model sees the query, the model before the
+    protection, and a score that is not finite or larger than its rule allows is refused
+    before it is protected, where nobody could see it any more.
+
+    Parameters
+    ----------
+    sealed : bool
+        Whether the question came sealed, with its querier's signature.
+    now_s : float
+        Seconds since 1970.
 
     Raises
     ------
     FedInferError
         Typed, and safe to send.
     """
-    rule, protection, plan = agree(asked, consent)
-    logits = model.calibrated_logits(asked.inputs, asked.classes)
-    context = model.context(asked, rule)
-    if Evidence.AUGMENTED in rule.needs and context.augmented_tbc is None:
-        raise InvalidValueError(f"rule {rule.name!r} needs LocalModel(augment=...) at this site")
-    scores = checked_scores(rule.score(logits, context), asked.n_queries, plan)
-    side = protection.site_side(plan, public_key=asked.public_key)
-    return side.protect(scores), plan.width
+    if asked.expires_at and now_s > asked.expires_at:
+        raise ExpiredError(
+            "the query expired before it reached this site",
+            hint="ask again, with a longer ttl_s; are the clocks right?",
+        )
+    rule, protection, plan = agree(asked, consent, memory, sealed=sealed)
+    cohort = _cohort(asked, protection, model, memory)
+    side = protection.site_side(
+        plan, public_key=asked.public_key, cohort=cohort, identity=memory.identity
+    )
+    _admit(asked, protection, plan, cohort, memory)
+
+    def scored(rows: Question) -> Array:
+        logits = model.calibrated_logits(rows.inputs, rows.classes)
+        context = model.context(rows, rule)
+        if Evidence.AUGMENTED in rule.needs and context.augmented_tbc is None:
+            raise InvalidValueError(
+                f"rule {rule.name!r} needs LocalModel(augment=...) at this site"
+            )
+        return checked_scores(rule.score(logits, context), rows.n_queries, plan)
+
+    payload, charged = charged_payload(
+        side, asked, plan, protection=protection, model=model, memory=memory, scored=scored
+    )
+    if asked.relay:
+        assert asked.querier is not None  # noqa: S101  `agree` has seen to it
+        payload = seal_answer(
+            payload,
+            querier=asked.querier,
+            query_id=asked.query_id,
+            site=memory.identity.key_id,
+        )
+    return Answer(
+        payload=payload, width=plan.width, protection=protection, rule=rule, charged=charged
+    )
 
 
-def agree(asked: Question, consent: Consent) -> tuple[EnsembleRule, Protection, ScorePlan]:
+def agree(
+    asked: Question, consent: Consent, memory: SiteMemory, *, sealed: bool
+) -> tuple[EnsembleRule, Protection, ScorePlan]:
     """Build rule, protection and plan from names and options, and check consent."""
-    from fedinfer_flower.ensemble.base import make_rule
-    from fedinfer_flower.privacy.base import make_protection
-
     rule = make_rule(asked.rule, dict(asked.rule_options))
     protection = make_protection(asked.protection, dict(asked.protection_options))
     require_legal(rule, protection)
-    if protection.needs_key and key_id_of(asked.public_key) != asked.key_id:
+    if key_id_of(asked.public_key) != asked.key_id:
         raise BindingError("the public key is not the one that the key id names")
+    if asked.relay and (not sealed or protection.reveals is not Disclosure.SCORES):
+        raise ProtectionRefusedError(
+            "answers are sealed to the querier only where the question was, and where the"
+            " coordinator does not have to add them"
+        )
     plan = ScorePlan.for_rule(rule, n_classes=len(asked.classes), n_sites_max=asked.n_sites)
-    consent.check(asked, protection, plan)
+    consent.check(asked, protection, plan, sealed=sealed, budgeted=memory.budget is not None)
     return rule, protection, plan
+
+
+def _cohort(
+    asked: Question, protection: Protection, model: SiteModel, memory: SiteMemory
+) -> Cohort | None:
+    """Return the cohort, after finding this site in it with its present model."""
+    if not len(asked.roster):
+        if protection.needs_roster:
+            raise BindingError(f"a query under {protection.name!r} without a roster")
+        return None
+    place = asked.roster.place_of(memory.identity.key_id)
+    if asked.roster.seats[place].commitment != model.profile.commitment():
+        raise BindingError(
+            "the query was made for another model or profile than this site has now",
+            hint="fetch the directory again and ask again",
+        )
+    if not protection.needs_roster:
+        return None
+    return Cohort(query_id=asked.query_id, roster=asked.roster, public_key=asked.public_key)
+
+
+def _admit(
+    asked: Question,
+    protection: Protection,
+    plan: ScorePlan,
+    cohort: Cohort | None,
+    memory: SiteMemory,
+) -> None:
+    """Use up the query id, and refuse rows whose sum could be compared with another."""
+    context = b"" if cohort is None else recovery_context(cohort, protection)
+    exact_sum = protection.reveals is Disclosure.SUM and protection.min_cohort > 1
+    if memory.guard is not None and exact_sum:
+        # Without noise a row belongs to one cohort, whatever the rule. With noise shared out
+        # over the sites another cohort has other noise, which the budget pays for.
+        noisy = protection.charge(plan, 1) is not None
+        digests = row_digests(
+            asked.inputs,
+            context=EXACT_SUM_CONTEXT + (asked.roster.digest() if noisy else b""),
+            key=memory.row_key(),
+        )
+        roster = asked.roster.digest() if len(asked.roster) else b"no roster"
+        memory.guard.admit(asked.query_id, digests, roster, survivors_known=protection.needs_roster)
+    memory.admit(asked.query_id, context)
 
 
 def checked_scores(scores: Array, n_queries: int, plan: ScorePlan) -> Array:

@@ -42,6 +42,13 @@ class LocalModel:
         Shown to the coordinator.
     price_per_query : float
         Shown to the coordinator.
+    digest : str
+        Names this very model: queries, receipts and remembered answers are bound to it.
+        Default a digest of the weights, for torch modules and scikit-learn estimators.
+        Shown to the coordinator.
+    record_privacy : (float, float), optional
+        Epsilon and delta of the training, for replacing one training record; see
+        `training.train_privately`. Shown to the coordinator; a claim of the site.
 
     Examples
     --------
@@ -58,3 +65,5 @@ class LocalModel:
     augment: Callable[[npt.NDArray[np.generic]], Sequence[npt.NDArray[Any]]] | None = None
     model_card: Mapping[str, str] = field(default_factory=dict)
     price_per_query: float = 0.0
+    digest: str = ""
+    record_privacy: tuple[float, float] | None = None

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Collection
+from pathlib import Path
 
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 from flwr.clientapp.typing import ClientAppCallable
 
-from fedinfer_flower.clients.answering import Consent, answer_question
+from fedinfer_flower.clients.answering import answer_question
+from fedinfer_flower.clients.consent import Consent
 from fedinfer_flower.clients.containment import contained, log_locally
 from fedinfer_flower.clients.model_cache import DEFAULT_CAPACITY, get_or_load
+from fedinfer_flower.clients.recovering import answer_recovery
+from fedinfer_flower.clients.site_memory import ContextMemory, HomeMemory, SiteMemory
 from fedinfer_flower.clients.site_model import SiteModel, prepare
+from fedinfer_flower.clients.stating import signed_statement
 from fedinfer_flower.errors import (
     BindingError,
     ConfigError,
@@ -22,11 +28,15 @@ from fedinfer_flower.errors import (
     ModelAnswerError,
     ModelLoadError,
 )
+from fedinfer_flower.privacy.site_budget import BudgetPolicy
 from fedinfer_flower.query import CountsKind
 from fedinfer_flower.wire import messages
-from fedinfer_flower.wire.actions import ACTIONS, HELLO, PREDICT, PREFIX
+from fedinfer_flower.wire.actions import ACTIONS, HELLO, PREDICT, PREFIX, RECOVER
+from fedinfer_flower.wire.directory import SiteCard, site_card
 from fedinfer_flower.wire.envelope import DEFAULT_LIMITS, Envelope, Kind, WireLimits
 from fedinfer_flower.wire.records import pack, unpack
+from fedinfer_flower.wire.recovery import read_recovery, recovered
+from fedinfer_flower.wire.sealed_query import open_question
 
 __all__ = ["InferenceMod", "inference"]
 
@@ -53,11 +63,24 @@ class InferenceMod:
     name : str, optional
         The site's name; default ``name`` in the node config, else ``site-<partition>``.
     protections : collection of str, optional
-        Protections under which the site answers; default all.
-    querier_key_ids : collection of str, optional
-        Fingerprints of the queriers' keys that the site trusts; default any.
+        Protections under which the site answers. Default all; with a budget, those that
+        add noise.
+    querier_key_ids, peer_key_ids : collection of str, optional
+        Fingerprints of the queriers that the site answers, and of the other sites that it
+        knows; default any.
+    require_seal : bool
+        Refuse queries that the coordinator could read, or make up.
     max_epsilon_per_query : float, optional
-        Refuse `dp` with a larger epsilon for one query row.
+        Refuse noise of a larger epsilon for one query row.
+    home : path, optional
+        Folder in which the site keeps its keys, the query ids it used, what it drew and
+        what it spent; default ``fedinfer-home`` in the node config. Without one, keys and
+        query ids live as long as a run, and nothing else is remembered. In simulation each
+        partition has a folder of its own in it.
+    budget : BudgetPolicy, optional
+        Caps on the privacy that the site spends; needs `home`.
+    receipts : bool
+        Sign a statement with every answer: see `InferenceResult.receipt`.
     limits : WireLimits
         Largest messages that are read.
     max_models : int
@@ -92,7 +115,12 @@ class InferenceMod:
         name: str | None = None,
         protections: Collection[str] | None = None,
         querier_key_ids: Collection[str] | None = None,
+        peer_key_ids: Collection[str] | None = None,
+        require_seal: bool = False,
         max_epsilon_per_query: float | None = None,
+        home: str | Path | None = None,
+        budget: BudgetPolicy | None = None,
+        receipts: bool = True,
         limits: WireLimits = DEFAULT_LIMITS,
         max_models: int = DEFAULT_CAPACITY,
     ) -> None:
@@ -102,10 +130,14 @@ class InferenceMod:
             raise InvalidValueError(
                 f"share_counts is 'presence', 'counts' or 'withheld', not {share_counts!r}"
             )
-        if isinstance(protections, str) or isinstance(querier_key_ids, str):
-            raise InvalidValueError(
-                "protections and querier_key_ids are collections", hint="write ('he',), not 'he'"
-            )
+        named = {
+            "protections": protections,
+            "querier_key_ids": querier_key_ids,
+            "peer_key_ids": peer_key_ids,
+        }
+        for option, given in named.items():
+            if isinstance(given, str):
+                raise InvalidValueError(f"{option} is a collection", hint="write ('he',), not 'he'")
         if max_models < 1:
             raise InvalidValueError("max_models is at least 1")
         self._load_model = load_model
@@ -114,8 +146,13 @@ class InferenceMod:
         self._consent = Consent(
             protections=None if protections is None else frozenset(protections),
             querier_key_ids=None if querier_key_ids is None else frozenset(querier_key_ids),
+            peer_key_ids=None if peer_key_ids is None else frozenset(peer_key_ids),
+            require_seal=require_seal,
             max_epsilon_per_query=max_epsilon_per_query,
         )
+        self._home = None if home is None else Path(home)
+        self._budget = budget
+        self._receipts = receipts
         self._limits = limits
         self._max_models = max_models
 
@@ -174,29 +211,72 @@ class InferenceMod:
         action = message.metadata.message_type.removeprefix("query.")
         run_id, sender = context.run_id, context.node_id
         if action == HELLO and envelope.kind is Kind.HELLO:
+            identity = self._memory(context).identity
             profile = self._model(context).profile
-            return messages.site_profile(profile, run_id=run_id, sender=sender)
-        if action == PREDICT and envelope.kind is Kind.QUERY:
-            asked = messages.read_question(envelope, limits=self._limits)
-            return self._answer(asked, context)
+            card = SiteCard.signed(profile, identity=identity, run_id=run_id)
+            return site_card(card, sender=sender)
+        if action == PREDICT and envelope.kind in (Kind.QUERY, Kind.SEALED_QUERY):
+            return self._answer(envelope, context)
+        if action == RECOVER and envelope.kind is Kind.RECOVER:
+            with contained(ModelAnswerError, "recovery failed", hint=_SEE_LOG, pass_typed=True):
+                reply = answer_recovery(read_recovery(envelope), self._memory(context))
+            return recovered(reply, query_id=envelope.query_id, run_id=run_id, sender=sender)
         if envelope.kind is Kind.PING:
             return Envelope(kind=Kind.PING, run_id=run_id, sender=sender)
         raise EnvelopeError(f"action {action!r} does not take a {envelope.kind.value} envelope")
 
-    def _answer(self, asked: messages.Question, context: Context) -> Envelope:
+    def _answer(self, envelope: Envelope, context: Context) -> Envelope:
+        memory = self._memory(context)
+        sealed = envelope.kind is Kind.SEALED_QUERY
+        if sealed:
+            asked = open_question(envelope, identity=memory.identity, limits=self._limits)
+        else:
+            asked = messages.read_question(envelope, limits=self._limits)
+            if asked.querier is not None:
+                raise EnvelopeError("a query in clear cannot show that its querier asked it")
         model = self._model(context)
         with contained(
             ModelAnswerError, "the query could not be answered", hint=_SEE_LOG, pass_typed=True
         ):
-            payload, width = answer_question(model, asked, self._consent)
+            now_s = time.time()
+            answer = answer_question(
+                model, asked, self._consent, memory, sealed=sealed, now_s=now_s
+            )
+            statement = b""
+            if self._receipts and len(asked.roster):
+                signed = signed_statement(
+                    answer,
+                    asked,
+                    profile=model.profile,
+                    memory=memory,
+                    run_id=context.run_id,
+                    sealed=sealed,
+                    now_s=now_s,
+                )
+                statement = signed.to_bytes()
         return messages.answer(
             asked,
             run_id=context.run_id,
             sender=context.node_id,
-            payload=payload,
-            width=width,
+            payload=answer.payload,
+            width=answer.width,
             commitment=model.profile.commitment(),
+            statement=statement,
         )
+
+    def _memory(self, context: Context) -> SiteMemory:
+        home = self._home or context.node_config.get("fedinfer-home")
+        if home is None:
+            if self._budget is not None:
+                raise ConfigError(
+                    "a privacy budget needs a folder that outlives the process",
+                    hint="InferenceMod(..., home=...), or fedinfer-home in the node config",
+                )
+            return ContextMemory(context)
+        folder = Path(str(home))
+        if "partition-id" in context.node_config:
+            folder = folder / f"partition-{context.node_config['partition-id']}"
+        return HomeMemory(folder, self._budget)
 
     def _model(self, context: Context) -> SiteModel:
         partition = str(context.node_config.get("partition-id", context.node_id))

@@ -15,6 +15,7 @@ from fedinfer_flower.clients.containment import contained
 from fedinfer_flower.clients.familiarity import Familiarity
 from fedinfer_flower.clients.label_space import align_logits
 from fedinfer_flower.clients.local_model import LocalModel
+from fedinfer_flower.clients.model_digest import model_digest
 from fedinfer_flower.ensemble.base import Array, EnsembleRule, Evidence, SiteContext
 from fedinfer_flower.errors import InvalidValueError, ModelAnswerError, ModelError, ShapeError
 from fedinfer_flower.query import CountsKind, SiteProfile
@@ -144,6 +145,9 @@ def prepare(loaded: object, *, name: str, share_counts: CountsKind) -> SiteModel
             familiarity=familiarity is not None,
             model_card={"kind": adapter.kind[:64], **local.model_card},
             price_per_query=local.price_per_query,
+            model_digest=local.digest or model_digest(local.model),
+            record_epsilon=None if local.record_privacy is None else local.record_privacy[0],
+            record_delta=None if local.record_privacy is None else local.record_privacy[1],
         )
     except InvalidValueError as exc:
         raise ModelError(f"the site's profile is not valid: {exc.message}") from None

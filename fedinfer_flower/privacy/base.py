@@ -22,7 +22,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import ModuleType
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, runtime_checkable
+
+import numpy as np
+import numpy.typing as npt
 
 from fedinfer_flower.ensemble.base import Array, Disclosure, EnsembleRule
 from fedinfer_flower.ensemble.options import Scalar, checked_options, require_known_options
@@ -33,14 +36,18 @@ from fedinfer_flower.errors import (
     MissingExtraError,
     QuorumNotMetError,
 )
+from fedinfer_flower.privacy.charge import Charge
 from fedinfer_flower.privacy.cohort import Cohort
 from fedinfer_flower.registry import Registry
 from fedinfer_flower.wire.identity import Identity
+
+IntArray = npt.NDArray[np.int64]
 
 __all__ = [
     "PROTECTIONS",
     "CoordinatorSide",
     "KeyPair",
+    "NoisySiteSide",
     "Protection",
     "QuerierSide",
     "ScorePlan",
@@ -127,6 +134,17 @@ class SiteSide(Protocol):
 
     def protect(self, scores: Array) -> bytes:
         """Turn finite, bounded scores of shape (n_queries, width) into a payload."""
+
+
+@runtime_checkable
+class NoisySiteSide(Protocol):
+    """A site side whose noise is drawn apart, so that a drawn answer can be kept."""
+
+    def draw(self, scores: Array) -> IntArray:
+        """Return noisy answers as integers of shape (n_queries, m)."""
+
+    def finish(self, entries: IntArray) -> bytes:
+        """Turn drawn answers into a payload."""
 
 
 class CoordinatorSide(Protocol):
@@ -244,6 +262,10 @@ class Protection(ABC):
 
         A site's total grows with every row that it answers.
         """
+        return None
+
+    def charge(self, plan: ScorePlan, n_rows: int) -> Charge | None:  # noqa: ARG002
+        """Return the privacy cost of `n_rows` drawn answers of one site; None without noise."""
         return None
 
     def least_sites(self, n_sites_max: int) -> int:  # noqa: ARG002

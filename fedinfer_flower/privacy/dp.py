@@ -16,6 +16,7 @@ from fedinfer_flower.privacy.base import (
     ScorePlan,
     SiteSide,
 )
+from fedinfer_flower.privacy.charge import Charge
 from fedinfer_flower.privacy.cohort import Cohort
 from fedinfer_flower.privacy.gaussian_mechanism import GaussianMechanism
 from fedinfer_flower.privacy.randomised_response import RandomisedResponse
@@ -124,6 +125,12 @@ class DP(Protection):
     def epsilon_delta(self, plan: ScorePlan) -> tuple[float, float]:  # noqa: ARG002
         """Return (epsilon, delta) of one row; a site's total grows with every row."""
         return (self.epsilon, self.delta if self._is_gaussian else 0.0)
+
+    def charge(self, plan: ScorePlan, n_rows: int) -> Charge:
+        """Return what `n_rows` drawn answers cost; the noise really used, not the promise."""
+        if self._is_gaussian:
+            return Charge.gaussian(self._gaussian(plan).mu, n_rows)
+        return Charge.pure(self.epsilon, n_rows)
 
     def total_epsilon_delta(self, n_rows: int) -> tuple[float, float]:
         """Return (epsilon, delta) of all of one site's answers to `n_rows` rows together.

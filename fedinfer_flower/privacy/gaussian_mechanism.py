@@ -20,7 +20,7 @@ from fedinfer_flower.privacy.base import (
 )
 from fedinfer_flower.privacy.checks import check_scores, read_array, read_total
 from fedinfer_flower.privacy.clear_sums import ClearSum
-from fedinfer_flower.privacy.fixed_point import FixedPoint
+from fedinfer_flower.privacy.fixed_point import FixedPoint, IntArray
 
 __all__ = ["GaussianMechanism"]
 
@@ -107,12 +107,17 @@ class _Site:
         self._plan = plan
 
     def protect(self, scores: Array) -> bytes:
+        return self.finish(self.draw(scores))
+
+    def draw(self, scores: Array) -> IntArray:
         check_scores(scores, self._plan)
         exact = self._mechanism.codec.encode(scores)
-        noisy = exact + noise.gaussian_integers(exact.shape, self._mechanism.std)
+        return exact + noise.gaussian_integers(exact.shape, self._mechanism.std)
+
+    def finish(self, entries: IntArray) -> bytes:
         # To a public interval, after the noise: post-processing, which costs no privacy.
         limit = self._mechanism.entry_max
-        return bytes(np.clip(noisy, -limit, limit).astype("<i4").tobytes())
+        return bytes(np.clip(entries, -limit, limit).astype("<i4").tobytes())
 
 
 class _Coordinator(ClearSum):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +26,7 @@ from fedinfer_flower.privacy.base import PROTECTIONS, KeyPair, Protection, Score
 from fedinfer_flower.privacy.checks import ROUNDING_SLACK, check_scores, require_within
 from fedinfer_flower.privacy.ciphertext_gate import packed_bytes
 from fedinfer_flower.privacy.cohort import Cohort
-from fedinfer_flower.privacy.fixed_point import FixedPoint
+from fedinfer_flower.privacy.fixed_point import FixedPoint, IntArray
 from fedinfer_flower.privacy.he_context import Vector
 from fedinfer_flower.privacy.he_schemes import BFV, CKKS, SCHEMES, Scheme
 from fedinfer_flower.wire.identity import Identity
@@ -133,6 +133,20 @@ class HomomorphicEncryption(Protection):
                 hint=f"schemes: {', '.join(SCHEMES)}",
             )
 
+    def codec(self, plan: ScorePlan) -> FixedPoint:
+        """Return the integer codec of a plan, under ``"bfv"``."""
+        return FixedPoint.fitted(
+            clip=plan.bound, n_sites_max=plan.n_sites_max, modulus=BFV.plain_modulus
+        )
+
+    def noise(self, plan: ScorePlan, shape: tuple[int, ...]) -> IntArray | None:  # noqa: ARG002
+        """Return the noise that one site adds, in grid steps; None for an exact sum."""
+        return None
+
+    def sum_slack(self, plan: ScorePlan, n_sites: int) -> float:
+        """Return how far a sum of honest sites may lie beyond their bounds."""
+        return n_sites * self.codec(plan).step / 2.0
+
     def payload_bytes(self, plan: ScorePlan, n_queries: int) -> int:
         """Return the exact size: 20,480 bytes a ciphertext, and a header."""
         scheme = SCHEMES[self.scheme]
@@ -223,11 +237,7 @@ class _Frame:
         _check_cohort_size(protection, plan, self.scheme)
         self.codec: FixedPoint | None = None
         if self.scheme is BFV:
-            self.codec = FixedPoint.fitted(
-                clip=plan.bound,
-                n_sites_max=plan.n_sites_max,
-                modulus=self.scheme.plain_modulus,
-            )
+            self.codec = protection.codec(plan)
         if len(public) > he_context.public_key_bytes(self.scheme):
             most = he_context.public_key_bytes(self.scheme)
             raise SizeLimitError(f"a public key has {most} bytes, got {len(public)}")
@@ -302,16 +312,31 @@ class _HeSite:
         return f"<he site side, scheme {self._frame.scheme.name}>"
 
     def protect(self, scores: Array) -> bytes:
+        if self._frame.codec is not None:
+            return self.finish(self.draw(scores))
         check_scores(scores, self._frame.plan)
-        return self._frame.write(len(scores), self._encrypted(scores))
+        return self._written(len(scores), scores.ravel().tolist())
 
-    def _encrypted(self, scores: Array) -> Iterator[bytes]:
+    def draw(self, scores: Array) -> IntArray:
+        """Return the scores as integers of shape (n_queries, width), noise included."""
         frame = self._frame
-        encoded = scores if frame.codec is None else frame.codec.encode(scores)
-        values = encoded.ravel()
-        for start in range(0, len(values), frame.scheme.slots):
-            chunk = values[start : start + frame.scheme.slots].tolist()
-            yield he_context.encrypt(frame.context, frame.scheme, chunk)
+        if frame.codec is None:
+            raise InvalidValueError("CKKS encrypts reals, which have no integer form")
+        check_scores(scores, frame.plan)
+        exact = frame.codec.encode(scores)
+        noise = frame.protection.noise(frame.plan, exact.shape)
+        return exact if noise is None else exact + noise
+
+    def finish(self, entries: IntArray) -> bytes:
+        """Encrypt integers that `draw` made."""
+        return self._written(len(entries), entries.ravel().tolist())
+
+    def _written(self, n_queries: int, values: Sequence[float]) -> bytes:
+        frame = self._frame
+        step = frame.scheme.slots
+        chunks = (values[start : start + step] for start in range(0, len(values), step))
+        encrypted = (he_context.encrypt(frame.context, frame.scheme, list(chunk)) for chunk in chunks)
+        return frame.write(n_queries, encrypted)
 
 
 class _HeCoordinator:
@@ -362,7 +387,7 @@ class _HeQuerier:
             slack = ckks_tolerance(n_sites)
         else:
             opened = frame.codec.decode(numbers)
-            slack = n_sites * frame.codec.step / 2.0
+            slack = frame.protection.sum_slack(frame.plan, n_sites)
         # What no honest cohort can send came from a site that broke the protocol, or from
         # a sum that was altered on its way.
         limit = n_sites * frame.plan.bound * (1.0 + ROUNDING_SLACK) + slack

@@ -133,14 +133,19 @@ class _Site:
         self._plan = plan
 
     def protect(self, scores: Array) -> bytes:
+        return self.finish(self.draw(scores))
+
+    def draw(self, scores: Array) -> IntArray:
         check_scores(scores, self._plan)
         n_classes = self._mechanism.n_classes
         labels = _best_labels(scores)
         flipped = noise.coin_flips(len(labels), self._mechanism.flip)
         # 1 to C - 1 places on, so that a flipped label is never the true one.
         shift = 1 + noise.uniform_below(len(labels), n_classes - 1)
-        sent = np.where(flipped, (labels + shift) % n_classes, labels)
-        return sent.astype(self._mechanism.dtype).tobytes()
+        return np.where(flipped, (labels + shift) % n_classes, labels).reshape(-1, 1)
+
+    def finish(self, entries: IntArray) -> bytes:
+        return entries.ravel().astype(self._mechanism.dtype).tobytes()
 
 
 class _Coordinator(ClearSum):

@@ -208,9 +208,9 @@ class SecAgg(Protection):
         """Return the noise that one site adds, in grid steps; None for an exact sum."""
         return None
 
-    def entry_limit(self, plan: ScorePlan, n_sites: int) -> float:
-        """Return the largest absolute entry that a sum of `n_sites` honest sites can have."""
-        return n_sites * (plan.bound * (1.0 + ROUNDING_SLACK) + self.codec(plan).step / 2.0)
+    def sum_slack(self, plan: ScorePlan, n_sites: int) -> float:
+        """Return how far a sum of honest sites may lie beyond their bounds."""
+        return n_sites * self.codec(plan).step / 2.0
 
 
 class _SecAggSite:
@@ -298,7 +298,8 @@ class _SecAggQuerier:
             entries -= mask(seed, count)
         scores = self._protection.codec(self._plan).decode(entries)
         # A mask that is left anywhere spreads entries over the whole ring.
-        limit = self._protection.entry_limit(self._plan, n_sites)
+        bound = n_sites * self._plan.bound * (1.0 + ROUNDING_SLACK)
+        limit = bound + self._protection.sum_slack(self._plan, n_sites)
         require_within(scores, limit, what="the combined scores")
         return scores.reshape(n_queries, self._plan.width)
 

@@ -5,17 +5,24 @@ from __future__ import annotations
 import secrets
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, overload
 
 import numpy as np
 import numpy.typing as npt
 
 from fedinfer_flower.ensemble.base import EnsembleRule, make_rule
-from fedinfer_flower.errors import BindingError, InvalidValueError, ShapeError
-from fedinfer_flower.privacy.base import KeyPair, Protection, ScorePlan, make_protection
+from fedinfer_flower.errors import BindingError, ConfigError, InvalidValueError, ShapeError
+from fedinfer_flower.privacy.base import KeyPair, Protection, make_protection
 from fedinfer_flower.privacy.key_presence import note_secret
+from fedinfer_flower.querier.asked import AskedJob, SealedTerms
+from fedinfer_flower.querier.opening import OpenedBatch, open_batch
+from fedinfer_flower.querier.sealing_job import sealed_job
 from fedinfer_flower.query import Prediction
+from fedinfer_flower.wire.directory import Directory
 from fedinfer_flower.wire.documents import CombinedAnswer, CombinedBatch, QueryJob
+from fedinfer_flower.wire.identity import Identity
+from fedinfer_flower.wire.pins import Pins
+from fedinfer_flower.wire.sealed_job import SealedJob
 
 __all__ = ["Querier"]
 
@@ -32,18 +39,24 @@ class Querier:
         How the sites are to protect their answers; the same as the strategy's.
     keys : KeyPair, optional
         Keys of an earlier session; default fresh ones.
+    identity : Identity, optional
+        Who the querier is to the sites; default a fresh one. Sites that pin their
+        queriers answer only a known one: keep it with `Identity.load_or_create`.
+    pins : Pins, optional
+        Key ids of the sites; with them, a site whose key was swapped is refused.
     tie_seed : int
         Decides ties between classes by lot.
 
     Privacy
     -------
-    The querier learns the combined scores of every query. Under `he`, a querier that
-    pools what it has with what the coordinator has can open each site's own answer.
+    The querier learns the combined scores of every query; under `plain` and `dp` with
+    sealed queries, each site's. Under `he`, a querier that pools what it has with what
+    the coordinator has can open each site's own answer.
 
     Examples
     --------
     >>> querier = Querier(protection="plain")
-    >>> job = querier.ask(np.zeros((3, 4)))
+    >>> job = querier.ask(np.zeros((3, 4)), clear=True)
     >>> len(job.inputs), job.key_id
     (3, '')
     """
@@ -53,14 +66,18 @@ class Querier:
         *,
         protection: str | Protection = "he",
         keys: KeyPair | None = None,
+        identity: Identity | None = None,
+        pins: Pins | None = None,
         tie_seed: int = 0,
     ) -> None:
         self.protection = (
             make_protection(protection, {}) if isinstance(protection, str) else protection
         )
+        self.identity = Identity.generate() if identity is None else identity
         self._keys = self.protection.make_keys() if keys is None else keys
+        self._pins = pins
         self._tie_seed = tie_seed
-        self._asked: dict[str, tuple[tuple[str, int], ...]] = {}
+        self._asked: dict[str, AskedJob] = {}
         if self._keys.secret_key:
             note_secret(self._keys.key_id)
 
@@ -72,28 +89,73 @@ class Querier:
         """Fingerprint of the public key: what a site pins, out of band."""
         return self._keys.key_id
 
+    @overload
     def ask(
         self,
         inputs: npt.ArrayLike,
         *,
+        directory: Directory,
+        batch_size: int = ...,
+        classes: Sequence[str] | None = ...,
+        rule: str = ...,
+        ttl_s: float = ...,
+    ) -> SealedJob: ...
+
+    @overload
+    def ask(
+        self,
+        inputs: npt.ArrayLike,
+        *,
+        clear: Literal[True],
+        batch_size: int = ...,
+        classes: Sequence[str] | None = ...,
+    ) -> QueryJob: ...
+
+    def ask(
+        self,
+        inputs: npt.ArrayLike,
+        *,
+        directory: Directory | None = None,
+        clear: bool = False,
         batch_size: int = 1024,
         classes: Sequence[str] | None = None,
-    ) -> QueryJob:
-        """Encode queries for the coordinator.
+        rule: str = "auto",
+        ttl_s: float = 3600.0,
+    ) -> QueryJob | SealedJob:
+        """Encode queries for the coordinator, sealed to the sites of a directory.
 
         Parameters
         ----------
         inputs : array of shape (n_queries, ...)
+        directory : Directory
+            The sites, from the coordinator; see `FedEnsemble.directory`.
+        clear : bool
+            Instead of a directory: let the coordinator read the queries.
         batch_size : int
             Queries in one message.
         classes : sequence of str, optional
             Label space of the answer; default the union of the sites' classes.
+        rule : str
+            Ensemble rule of a sealed job; ``"auto"`` picks by the sites' profiles. In
+            clear the coordinator picks.
+        ttl_s : float
+            Seconds for which sites answer a sealed job.
 
         Raises
         ------
+        ConfigError
+            Without a directory, unless `clear` is set.
         InvalidValueError
             If the inputs cannot travel.
+        UntrustedKeyError
+            If a site's key is not the pinned one.
         """
+        if (directory is None) == (not clear):
+            raise ConfigError(
+                "queries are sealed to the sites of a directory, or asked in clear: one of both",
+                hint="ask(inputs, directory=Directory.from_bytes(...)); with clear=True the"
+                " coordinator reads the queries",
+            )
         job = QueryJob(
             job_id=secrets.token_hex(16),
             inputs=np.asarray(inputs),
@@ -104,8 +166,32 @@ class Querier:
             key_id=self.key_id,
             classes=None if classes is None else tuple(str(c) for c in classes),
         )
-        self._asked[job.job_id] = tuple((q, len(rows)) for q, rows in job.batches())
-        return job
+        batches = tuple((q, len(rows)) for q, rows in job.batches())
+        if directory is None:
+            self._asked[job.job_id] = AskedJob(batches=batches)
+            return job
+        if self._pins is not None:
+            directory.require_pinned(self._pins)
+        sealed = sealed_job(
+            job,
+            directory=directory,
+            identity=self.identity,
+            protection=self.protection,
+            keys=self._keys,
+            rule=rule,
+            classes=job.classes,
+            ttl_s=ttl_s,
+        )
+        terms = SealedTerms(
+            run_id=sealed.run_id,
+            rule=sealed.rule,
+            rule_options=sealed.rule_options,
+            classes=sealed.classes,
+            roster=sealed.roster,
+            relay=sealed.relay,
+        )
+        self._asked[job.job_id] = AskedJob(batches=batches, sealed=terms)
+        return sealed
 
     def open(self, combined: CombinedAnswer) -> Prediction:
         """Open a combined answer to a job of this querier, and decide.
@@ -117,24 +203,18 @@ class Querier:
         ProtocolError
             If it does not open to scores that the sites in it could have sent.
         """
-        self._check(combined)
-        rule = make_rule(combined.rule, dict(combined.rule_options))
-        parts = [
-            rule.decide(
-                self._open_batch(batch, combined, rule),
-                batch.n_sites,
-                combined.classes,
-                tie_seed=self._tie_seed + number,
-            )
-            for number, batch in enumerate(combined.batches)
-        ]
+        rule = self._check(combined)
+        parts = []
+        for number, batch in enumerate(combined.batches):
+            scores, n_sites = self._open_batch(batch, combined, rule)
+            seed = self._tie_seed + number
+            parts.append(rule.decide(scores, n_sites, combined.classes, tie_seed=seed))
         return _joined(parts)
 
     def totals(self, combined: CombinedAnswer) -> npt.NDArray[np.float64]:
         """Return the combined scores themselves, shape (n_queries, score_width)."""
-        self._check(combined)
-        rule = make_rule(combined.rule, dict(combined.rule_options))
-        return np.concatenate([self._open_batch(b, combined, rule) for b in combined.batches])
+        rule = self._check(combined)
+        return np.concatenate([self._open_batch(b, combined, rule)[0] for b in combined.batches])
 
     def save_secret(self, path: str | Path) -> None:
         """Write the querier's whole state to a file that only its owner may read."""
@@ -144,6 +224,7 @@ class Querier:
             Path(path),
             protection=self.protection,
             keys=self._keys,
+            identity=self.identity,
             asked=self._asked,
             tie_seed=self._tie_seed,
         )
@@ -153,21 +234,29 @@ class Querier:
         """Return the querier whose state `save_secret` wrote."""
         from fedinfer_flower.querier.secret_file import read_secret
 
-        protection, keys, asked, tie_seed = read_secret(Path(path))
-        querier = cls(protection=protection, keys=keys, tie_seed=tie_seed)
-        querier._asked = dict(asked)
+        state = read_secret(Path(path))
+        querier = cls(
+            protection=state.protection,
+            keys=state.keys,
+            identity=state.identity,
+            tie_seed=state.tie_seed,
+        )
+        querier._asked = dict(state.asked)
         return querier
 
     def _open_batch(
         self, batch: CombinedBatch, combined: CombinedAnswer, rule: EnsembleRule
-    ) -> npt.NDArray[np.float64]:
-        plan = ScorePlan.for_rule(
-            rule, n_classes=len(combined.classes), n_sites_max=combined.n_sites_asked
+    ) -> OpenedBatch:
+        return open_batch(
+            batch,
+            combined,
+            rule=rule,
+            protection=self.protection,
+            keys=self._keys,
+            identity=self.identity,
         )
-        side = self.protection.querier_side(plan, keys=self._keys)
-        return side.open(batch.total, n_queries=batch.n_queries, n_sites=batch.n_sites)
 
-    def _check(self, combined: CombinedAnswer) -> None:
+    def _check(self, combined: CombinedAnswer) -> EnsembleRule:
         asked = self._asked.get(combined.job_id)
         if asked is None:
             raise BindingError("the combined answer belongs to a job of another querier")
@@ -176,16 +265,22 @@ class Querier:
         own: tuple[str, Mapping[str, Any]] = (self.protection.name, self.protection.options())
         if (combined.protection, dict(combined.protection_options)) != (own[0], dict(own[1])):
             raise BindingError("the combined answer is protected otherwise than was asked")
-        if tuple((b.query_id, b.n_queries) for b in combined.batches) != asked:
+        if tuple((b.query_id, b.n_queries) for b in combined.batches) != asked.batches:
             raise BindingError("the combined answer does not cover the job's queries")
         if not combined.classes or len(set(combined.classes)) != len(combined.classes):
             raise ShapeError("the combined answer has no classes, or one twice")
+        if asked.sealed is not None:
+            asked.sealed.require(combined)
+        elif combined.relayed:
+            raise BindingError("a relayed answer to a job that was not sealed")
+        least = self.protection.least_sites(combined.n_sites_asked)
         for batch in combined.batches:
-            if not self.protection.min_cohort <= batch.n_sites <= combined.n_sites_asked:
+            if not least <= batch.n_sites <= combined.n_sites_asked:
                 raise BindingError(
                     f"a batch claims {batch.n_sites} sites of {combined.n_sites_asked},"
-                    f" {self.protection.min_cohort} are needed"
+                    f" {least} are needed"
                 )
+        return make_rule(combined.rule, dict(combined.rule_options))
 
 
 def _joined(parts: list[Prediction]) -> Prediction:

@@ -6,22 +6,48 @@ import base64
 import json
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from fedinfer_flower.errors import EnvelopeError, InvalidValueError
+from fedinfer_flower.errors import EnvelopeError, FedInferError, InvalidValueError
 from fedinfer_flower.privacy.base import KeyPair, Protection, make_protection
+from fedinfer_flower.querier.asked import AskedJob
+from fedinfer_flower.wire.identity import Identity
 
-__all__ = ["read_secret", "write_secret"]
+__all__ = ["QuerierState", "read_secret", "write_secret"]
 
-Asked = Mapping[str, tuple[tuple[str, int], ...]]
+_VERSION: Final = 2
 
 
-_VERSION: Final = 1
+@dataclass(frozen=True, kw_only=True)
+class QuerierState:
+    """What a file holds.
+
+    Parameters
+    ----------
+    protection : Protection
+    keys : KeyPair
+    identity : Identity
+    asked : mapping of job id to AskedJob
+    tie_seed : int
+    """
+
+    protection: Protection
+    keys: KeyPair
+    identity: Identity
+    asked: Mapping[str, AskedJob]
+    tie_seed: int
 
 
 def write_secret(
-    path: Path, *, protection: Protection, keys: KeyPair, asked: Asked, tie_seed: int
+    path: Path,
+    *,
+    protection: Protection,
+    keys: KeyPair,
+    identity: Identity,
+    asked: Mapping[str, AskedJob],
+    tie_seed: int,
 ) -> None:
     """Write state with mode 0600; an existing file is not overwritten.
 
@@ -36,7 +62,8 @@ def write_secret(
         "options": dict(protection.options()),
         "public": base64.b64encode(keys.public_key).decode(),
         "secret": base64.b64encode(keys.secret_key).decode(),
-        "asked": {job: [list(batch) for batch in batches] for job, batches in asked.items()},
+        "identity": identity.to_secret(),
+        "asked": {job_id: job.to_dict() for job_id, job in asked.items()},
         "tie-seed": tie_seed,
     }
     try:
@@ -50,7 +77,7 @@ def write_secret(
         json.dump(state, file)
 
 
-def read_secret(path: Path) -> tuple[Protection, KeyPair, Asked, int]:
+def read_secret(path: Path) -> QuerierState:
     """Read what `write_secret` wrote.
 
     Raises
@@ -72,12 +99,13 @@ def read_secret(path: Path) -> tuple[Protection, KeyPair, Asked, int]:
             public_key=base64.b64decode(state["public"], validate=True),
             secret_key=base64.b64decode(state["secret"], validate=True),
         )
-        asked = {
-            str(job): tuple((str(q), int(n)) for q, n in batches)
-            for job, batches in state["asked"].items()
-        }
-        protection = make_protection(state["protection"], state["options"])
-        return protection, keys, asked, int(state["tie-seed"])
-    except (KeyError, TypeError, ValueError, AttributeError, RecursionError):
+        return QuerierState(
+            protection=make_protection(state["protection"], state["options"]),
+            keys=keys,
+            identity=Identity.from_secret(state["identity"]),
+            asked={str(job): AskedJob.from_dict(plain) for job, plain in state["asked"].items()},
+            tie_seed=int(state["tie-seed"]),
+        )
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError, FedInferError):
         # The cause would quote the file, which holds a key.
         raise EnvelopeError(f"{path} is not a querier's file") from None

@@ -20,6 +20,7 @@ from fedinfer_flower.strategies.onboarding import Onboarding
 from fedinfer_flower.strategies.pull_loop import Arrival
 from fedinfer_flower.strategies.result import InferenceResult
 from fedinfer_flower.wire.documents import CombinedBatch, QueryJob
+from fedinfer_flower.wire.sealed_job import SealedBatch, SealedJob
 
 __all__ = ["InferenceStrategy", "Progress"]
 
@@ -41,7 +42,9 @@ class InferenceStrategy(ABC):
         """Wait for nodes and collect their profiles."""
 
     @abstractmethod
-    def configure_query(self, query_id: str, inputs: npt.NDArray[np.generic]) -> list[Message]:
+    def configure_query(
+        self, query_id: str, inputs: npt.NDArray[np.generic] | SealedBatch
+    ) -> list[Message]:
         """Return the messages of one batch, one for each site that is asked."""
 
     @abstractmethod
@@ -60,7 +63,7 @@ class InferenceStrategy(ABC):
     def start(
         self,
         grid: Grid,
-        queries: npt.NDArray[np.generic] | QueryJob,
+        queries: npt.NDArray[np.generic] | QueryJob | SealedJob,
         *,
         progress: Progress | None = None,
     ) -> InferenceResult:

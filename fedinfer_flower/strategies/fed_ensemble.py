@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,34 +21,40 @@ from fedinfer_flower.errors import (
     InvalidValueError,
     KeyAtCoordinatorError,
 )
+from fedinfer_flower.planning.label_space import shared_classes
+from fedinfer_flower.planning.question import choose_rule, question_template, with_batch
 from fedinfer_flower.privacy.base import Protection, key_id_of, make_protection
 from fedinfer_flower.privacy.key_presence import secret_in_process
 from fedinfer_flower.privacy.legality import require_legal
-from fedinfer_flower.query import Deadline, QueryReport, SiteProfile
+from fedinfer_flower.query import Deadline, QueryReport
+from fedinfer_flower.receipts.statement import SignedStatement
 from fedinfer_flower.strategies.base import InferenceStrategy, Progress
-from fedinfer_flower.strategies.cohort import (
-    choose_cohort,
-    choose_rule,
-    question_template,
-    with_batch,
-)
+from fedinfer_flower.strategies.cohort import choose_cohort
 from fedinfer_flower.strategies.config import InferConfig
-from fedinfer_flower.strategies.onboarding import (
-    Onboarding,
-    onboard,
-    shared_classes,
-    wait_for_nodes,
-)
+from fedinfer_flower.strategies.onboarding import Onboarding, onboard, wait_for_nodes
 from fedinfer_flower.strategies.opening import job_for, open_here
 from fedinfer_flower.strategies.pull_loop import Arrival, stream_replies
 from fedinfer_flower.strategies.query_round import QueryRound
+from fedinfer_flower.strategies.recovery_rounds import ANSWER_SHARE, recover
 from fedinfer_flower.strategies.result import InferenceResult
+from fedinfer_flower.strategies.sealed import (
+    batches_of,
+    n_queries_of,
+    sealed_rule,
+    sealed_template,
+    seated,
+)
+from fedinfer_flower.strategies.settling import receipt_of
 from fedinfer_flower.wire import messages
 from fedinfer_flower.wire.actions import PREDICT, message_type
+from fedinfer_flower.wire.directory import Directory, SiteCard
 from fedinfer_flower.wire.documents import CombinedAnswer, CombinedBatch, QueryJob
 from fedinfer_flower.wire.envelope import DEFAULT_LIMITS, WireLimits
 from fedinfer_flower.wire.messages import Question
 from fedinfer_flower.wire.records import pack
+from fedinfer_flower.wire.roster import Roster
+from fedinfer_flower.wire.sealed_job import SealedBatch, SealedJob
+from fedinfer_flower.wire.sealed_query import sealed_query_envelope
 
 __all__ = ["FedEnsemble"]
 
@@ -144,10 +152,12 @@ class FedEnsemble(InferenceStrategy):
         self.limits = limits
         self._run_id = 0
         self._picked: tuple[EnsembleRule, str] | None = None
-        self._profiles: dict[int, SiteProfile] = {}
+        self._cards: dict[int, SiteCard] = {}
         self._failures: dict[int, FedInferError] = {}
+        self._onboarded: Onboarding | None = None
         self._template: Question | None = None
         self._round: QueryRound | None = None
+        self._statements: list[SignedStatement] = []
         self._request_bytes = 0
         self._key_here = False
 
@@ -187,38 +197,56 @@ class FedEnsemble(InferenceStrategy):
             limits=self.limits,
         )
         self._run_id, self._failures = run_id, onboarding.failures
-        self._profiles = choose_cohort(
-            onboarding.profiles,
+        self._cards = choose_cohort(
+            onboarding.cards,
             onboarding.failures,
             fraction=self.fraction_query,
             at_least=max(self.min_query_nodes, self.protection.min_cohort, self.deadline.quorum),
         )
+        self._onboarded = onboarding
         return onboarding
 
-    def configure_query(self, query_id: str, inputs: npt.NDArray[np.generic]) -> list[Message]:
+    def directory(self, grid: Grid) -> Directory:
+        """Onboard the sites and return their signed cards, for a querier elsewhere.
+
+        `start` then asks these sites, in the same run.
+        """
+        self.configure_onboarding(grid, _run_id(grid))
+        return Directory(run_id=self._run_id, cards=tuple(self._cards.values()))
+
+    def configure_query(
+        self, query_id: str, inputs: npt.NDArray[np.generic] | SealedBatch
+    ) -> list[Message]:
         """Open a batch and return one message for each site that is asked.
 
         All share one content, which Flower uploads once.
         """
         if self._template is None or self._picked is None:
             raise ConfigError("configure_query before start: the sites are not onboarded")
-        asked = with_batch(self._template, query_id, inputs)
+        if isinstance(inputs, SealedBatch):
+            asked = dataclasses.replace(self._template, query_id=query_id)
+            n_queries = inputs.n_queries
+            envelope = sealed_query_envelope(inputs.sealed, query_id=query_id, run_id=self._run_id)
+        else:
+            asked = with_batch(self._template, query_id, inputs)
+            n_queries = asked.n_queries
+            envelope = messages.question(asked, run_id=self._run_id)
         self._round = QueryRound(
             asked=asked,
+            n_queries=n_queries,
             run_id=self._run_id,
             rule=self._picked[0],
             rule_reason=self._picked[1],
             protection=self.protection,
-            profiles=self._profiles,
+            cards=self._cards,
             failures=self._failures,
             limits=self.limits,
         )
-        envelope = messages.question(asked, run_id=self._run_id)
         self._request_bytes = sum(len(data) for _, data in envelope.sections)
         content, ttl = pack(envelope), self.deadline.timeout_s
         return [
             Message(content, node_id, message_type(PREDICT), ttl=ttl, group_id=query_id)
-            for node_id in self._profiles
+            for node_id in self._cards
         ]
 
     def accumulate(self, arrival: Arrival) -> None:
@@ -228,6 +256,7 @@ class FedEnsemble(InferenceStrategy):
     def aggregate_query(self, seconds: float) -> tuple[CombinedBatch, QueryReport]:
         """Close the batch; see `QueryRound.close`."""
         current, self._round = self._open_round(), None
+        self._statements += current.statements
         return current.close(
             seconds=seconds,
             quorum=self.deadline.quorum,
@@ -240,7 +269,7 @@ class FedEnsemble(InferenceStrategy):
     def start(
         self,
         grid: Grid,
-        queries: npt.NDArray[np.generic] | QueryJob,
+        queries: npt.NDArray[np.generic] | QueryJob | SealedJob,
         *,
         progress: Progress | None = None,
     ) -> InferenceResult:
@@ -250,9 +279,9 @@ class FedEnsemble(InferenceStrategy):
         ----------
         grid : Grid
             Flower's, of a simulation or of a SuperLink.
-        queries : array of shape (n_queries, ...) or QueryJob
-            A `QueryJob` comes from a querier elsewhere, who keeps the key. An array is
-            for protections that have none.
+        queries : array of shape (n_queries, ...), SealedJob or QueryJob
+            A job comes from a querier elsewhere, who keeps the keys: sealed, or in clear.
+            An array is for protections without a secret key.
         progress : callable, optional
             Called with (queries answered, queries asked) after every batch.
 
@@ -271,37 +300,59 @@ class FedEnsemble(InferenceStrategy):
         job, querier = job_for(queries, self)
         self._key_here = self._secret_is_here(job)
         log.info("%s", self.summary())
-        onboarding = self.configure_onboarding(grid, _run_id(grid))
-        self._picked = choose_rule(self.rule, self.protection, self._profiles)
-        classes = job.classes or self.classes or shared_classes(self._profiles)
-        self._template = question_template(
-            job, self._picked[0], self.protection, self._profiles, classes
-        )
+        run_id = _run_id(grid)
+        if self._onboarded is None or self._run_id != run_id:
+            self.configure_onboarding(grid, run_id)
+        onboarding, self._onboarded = self._onboarded, None
+        if isinstance(job, SealedJob):
+            self._cards, missing = seated(job, self._cards, run_id=run_id)
+            self._failures = missing
+            self._picked = sealed_rule(job, self.rule)
+            self._template = sealed_template(job)
+        else:
+            profiles = {n: card.profile for n, card in self._cards.items()}
+            self._picked = choose_rule(self.rule, self.protection, profiles)
+            self._template = question_template(
+                inputs=job.inputs,
+                rule=self._picked[0],
+                protection=self.protection,
+                profiles=profiles,
+                classes=job.classes or self.classes or shared_classes(profiles),
+                public_key=job.public_key,
+                key_id=job.key_id,
+                roster=Roster(tuple(card.seat for card in self._cards.values())),
+            )
+        self._statements = []
         batches: list[CombinedBatch] = []
         reports: list[QueryReport] = []
-        for query_id, inputs in job.batches():
+        for query_id, inputs in batches_of(job):
             batch, report = self._run_batch(grid, query_id, inputs)
             batches.append(batch)
             reports.append(report)
             if progress is not None:
-                progress(sum(b.n_queries for b in batches), len(job.inputs))
+                progress(sum(b.n_queries for b in batches), n_queries_of(job))
         combined = CombinedAnswer(
             job_id=job.job_id,
             rule=self._picked[0].name,
             protection=self.protection.name,
             rule_options=self._picked[0].options(),
             protection_options=self.protection.options(),
-            classes=classes,
-            n_sites_asked=len(self._profiles),
+            classes=self._template.classes,
+            n_sites_asked=self._template.n_sites,
             key_id=job.key_id,
             batches=tuple(batches),
+            roster=self._template.roster,
+            relayed=self._template.relay,
         )
         result = InferenceResult(
             combined=combined,
             reports=tuple(reports),
-            profiles=self._profiles,
+            profiles={n: card.profile for n, card in self._cards.items()},
             prediction=open_here(querier, combined),
-            onboarding_s=onboarding.seconds,
+            onboarding_s=0.0 if onboarding is None else onboarding.seconds,
+            receipt=receipt_of(
+                self._statements, tuple(reports), self._cards, key_at_coordinator=self._key_here
+            ),
         )
         log.info("%s", result.summary())
         return result
@@ -326,19 +377,28 @@ class FedEnsemble(InferenceStrategy):
     # -- parts -------------------------------------------------------------------------
 
     def _run_batch(
-        self, grid: Grid, query_id: str, inputs: npt.NDArray[np.generic]
+        self, grid: Grid, query_id: str, inputs: npt.NDArray[np.generic] | SealedBatch
     ) -> tuple[CombinedBatch, QueryReport]:
         out = self.configure_query(query_id, inputs)
         current = self._open_round()
+        start = time.monotonic()
+        timeout_s = self.deadline.timeout_s
+        # Masks of sites that drop out take further rounds, which end by the same deadline.
+        first_s = ANSWER_SHARE * timeout_s if self.protection.needs_roster else timeout_s
         seconds = 0.0
         for arrival in stream_replies(
-            grid, out, timeout_s=self.deadline.timeout_s, reply_bytes=current.reply_bytes
+            grid, out, timeout_s=first_s, reply_bytes=current.reply_bytes
         ):
             self.accumulate(arrival)
             seconds = arrival.seconds
-        return self.aggregate_query(seconds if current.complete else self.deadline.timeout_s)
+        waited = seconds if current.complete else first_s
+        current.require_answers(seconds=waited, quorum=self.deadline.quorum)
+        recover(grid, current, run_id=self._run_id, start=start, timeout_s=timeout_s)
+        if not current.complete or self.protection.needs_roster:
+            waited = time.monotonic() - start
+        return self.aggregate_query(waited)
 
-    def _secret_is_here(self, job: QueryJob) -> bool:
+    def _secret_is_here(self, job: QueryJob | SealedJob) -> bool:
         if not self.protection.needs_key:
             return False
         if not job.key_id or key_id_of(job.public_key) != job.key_id:

@@ -6,30 +6,28 @@ import logging
 import time
 from dataclasses import dataclass
 
-import numpy as np
-import numpy.typing as npt
 from flwr.app import Message
 from flwr.serverapp import Grid
 
 from fedinfer_flower.errors import (
+    BindingError,
     FedInferError,
     NotEnoughNodesError,
     NotRegisteredError,
     SiteFailedError,
 )
-from fedinfer_flower.query import CountsKind, SiteProfile
+from fedinfer_flower.query import SiteProfile
 from fedinfer_flower.strategies.pull_loop import Arrival, stream_replies
 from fedinfer_flower.wire import messages
 from fedinfer_flower.wire.actions import HELLO, message_type
+from fedinfer_flower.wire.directory import SiteCard, read_site_card
 from fedinfer_flower.wire.envelope import DEFAULT_LIMITS, Envelope, Kind, WireLimits
 from fedinfer_flower.wire.records import pack, unpack
 
 __all__ = [
     "Onboarding",
-    "class_totals",
     "onboard",
     "read_arrival",
-    "shared_classes",
     "wait_for_nodes",
 ]
 
@@ -54,14 +52,19 @@ class Onboarding:
 
     Parameters
     ----------
-    profiles : dict of node id to SiteProfile
+    cards : dict of node id to SiteCard
     failures : dict of node id to FedInferError
     seconds : float
     """
 
-    profiles: dict[int, SiteProfile]
+    cards: dict[int, SiteCard]
     failures: dict[int, FedInferError]
     seconds: float
+
+    @property
+    def profiles(self) -> dict[int, SiteProfile]:
+        """Profiles of the sites that answered."""
+        return {node_id: card.profile for node_id, card in self.cards.items()}
 
 
 def wait_for_nodes(
@@ -112,26 +115,41 @@ def onboard(
         Message(content, node_id, message_type(HELLO), ttl=timeout_s, group_id="onboarding")
         for node_id in node_ids
     ]
-    profiles: dict[int, SiteProfile] = {}
+    cards: dict[int, SiteCard] = {}
     failures: dict[int, FedInferError] = {}
     for arrival in stream_replies(grid, asks, timeout_s=timeout_s):
         try:
             envelope = read_arrival(arrival, run_id=run_id, limits=limits)
-            profile = messages.read_profile(envelope, run_id=run_id, sender=arrival.node_id)
-            profiles[arrival.node_id] = profile
+            cards[arrival.node_id] = read_site_card(envelope, run_id=run_id, sender=arrival.node_id)
         except FedInferError as exc:
             failures[arrival.node_id] = exc.at_site(str(arrival.node_id))
     for node_id in node_ids:
-        if node_id not in profiles and node_id not in failures:
+        if node_id not in cards and node_id not in failures:
             failures[node_id] = SiteFailedError(
                 f"no profile within {timeout_s:g} s", site=str(node_id)
             )
+    _refuse_shared_keys(cards, failures)
     for error in failures.values():
         log.warning("%s", error)
     seconds = time.monotonic() - start
     return Onboarding(
-        profiles={n: profiles[n] for n in sorted(profiles)}, failures=failures, seconds=seconds
+        cards={n: cards[n] for n in sorted(cards)}, failures=failures, seconds=seconds
     )
+
+
+def _refuse_shared_keys(cards: dict[int, SiteCard], failures: dict[int, FedInferError]) -> None:
+    """Leave out nodes that show one key: masks between two holders of a key would cancel."""
+    holders: dict[bytes, list[int]] = {}
+    for node_id, card in cards.items():
+        holders.setdefault(card.identity.agreement_key, []).append(node_id)
+    for shared in holders.values():
+        for node_id in shared if len(shared) > 1 else ():
+            del cards[node_id]
+            failures[node_id] = BindingError(
+                f"{len(shared)} nodes show the same key",
+                hint="give every site a home folder of its own",
+                site=str(node_id),
+            )
 
 
 def read_arrival(arrival: Arrival, *, run_id: int, limits: WireLimits) -> Envelope:
@@ -160,35 +178,3 @@ def read_arrival(arrival: Arrival, *, run_id: int, limits: WireLimits) -> Envelo
     if envelope.kind is Kind.ERROR:
         raise messages.read_error(envelope, run_id=run_id, sender=arrival.node_id)
     return envelope
-
-
-def shared_classes(profiles: dict[int, SiteProfile]) -> tuple[str, ...]:
-    """Return the union of all class names, numbers in numerical order before words.
-
-    Examples
-    --------
-    >>> a = SiteProfile(name="a", classes=("10", "9"))
-    >>> b = SiteProfile(name="b", classes=("cat", "9"))
-    >>> shared_classes({1: a, 2: b})
-    ('9', '10', 'cat')
-    """
-    names = {name for profile in profiles.values() for name in profile.classes}
-    return tuple(sorted(names, key=lambda n: (0, int(n), n) if n.isdecimal() else (1, 0, n)))
-
-
-def class_totals(
-    profiles: dict[int, SiteProfile], classes: tuple[str, ...]
-) -> tuple[npt.NDArray[np.float64] | None, CountsKind]:
-    """Return (sum of the committed class counts, their kind).
-
-    Counts and presence bits do not add up: where only some sites share counts, all are
-    read as presence bits. Where any site withholds both there are no totals.
-    """
-    kinds = {profile.counts_kind for profile in profiles.values()}
-    if not kinds or CountsKind.WITHHELD in kinds:
-        return None, CountsKind.WITHHELD
-    kind = CountsKind.COUNTS if kinds == {CountsKind.COUNTS} else CountsKind.PRESENCE
-    totals = np.zeros(len(classes))
-    for profile in profiles.values():
-        totals += profile.aligned_counts(classes, kind)
-    return totals, kind

@@ -16,6 +16,7 @@ from fedinfer_flower.errors import BindingError, InvalidValueError, KeyAtCoordin
 from fedinfer_flower.querier.querier import Querier
 from fedinfer_flower.query import Prediction
 from fedinfer_flower.wire.documents import CombinedAnswer, QueryJob
+from fedinfer_flower.wire.sealed_job import SealedJob
 
 if TYPE_CHECKING:
     from fedinfer_flower.strategies.fed_ensemble import FedEnsemble
@@ -24,8 +25,8 @@ __all__ = ["job_for", "open_here"]
 
 
 def job_for(
-    queries: npt.NDArray[np.generic] | QueryJob, strategy: FedEnsemble
-) -> tuple[QueryJob, Querier | None]:
+    queries: npt.NDArray[np.generic] | QueryJob | SealedJob, strategy: FedEnsemble
+) -> tuple[QueryJob | SealedJob, Querier | None]:
     """Return (job, querier that can open it here, or None).
 
     Raises
@@ -36,7 +37,7 @@ def job_for(
         If a job wants another protection than the strategy gives.
     """
     protection = strategy.protection
-    if isinstance(queries, QueryJob):
+    if isinstance(queries, QueryJob | SealedJob):
         wanted = (queries.protection, dict(queries.protection_options))
         if wanted != (protection.name, dict(protection.options())):
             raise BindingError(
@@ -63,7 +64,7 @@ def job_for(
             hint="wrap rows with numpy.asarray(...)",
         )
     querier = Querier(protection=protection)
-    job = querier.ask(queries, batch_size=strategy.batch_size)
+    job = querier.ask(queries, clear=True, batch_size=strategy.batch_size)
     return job, querier
 
 

@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Mapping
 
 from fedinfer_flower.ensemble.base import EnsembleRule
-from fedinfer_flower.errors import FedInferError, QuorumNotMetError
-from fedinfer_flower.privacy.base import Protection, ScorePlan
+from fedinfer_flower.errors import BindingError, FedInferError, QuorumNotMetError
+from fedinfer_flower.privacy.base import CoordinatorSide, Protection, ScorePlan
+from fedinfer_flower.privacy.cohort import Cohort
+from fedinfer_flower.privacy.mask_recovery import MaskedSum
 from fedinfer_flower.query import (
     QueryId,
     QueryReport,
     SiteId,
     SiteOutcome,
-    SiteProfile,
     SiteStatus,
 )
+from fedinfer_flower.receipts.statement import SignedStatement
 from fedinfer_flower.strategies.onboarding import read_arrival
 from fedinfer_flower.strategies.pull_loop import Arrival
+from fedinfer_flower.strategies.relaying import RelaySide
 from fedinfer_flower.wire import messages
+from fedinfer_flower.wire.directory import SiteCard
 from fedinfer_flower.wire.documents import CombinedBatch
-from fedinfer_flower.wire.envelope import WireLimits
+from fedinfer_flower.wire.envelope import Envelope, WireLimits
 from fedinfer_flower.wire.messages import Question
+from fedinfer_flower.wire.recovery import RecoveryCall, read_recovered
 
 __all__ = ["QueryRound"]
 
@@ -34,11 +40,13 @@ class QueryRound:
     Parameters
     ----------
     asked : Question
+        Without its rows, where they are sealed.
+    n_queries : int
     run_id : int
     rule : EnsembleRule
     rule_reason : str
     protection : Protection
-    profiles : mapping of node id to SiteProfile
+    cards : mapping of node id to SiteCard
         The sites that are asked.
     failures : mapping of node id to FedInferError
         Sites that could not be onboarded: they count as missing.
@@ -49,24 +57,41 @@ class QueryRound:
         self,
         *,
         asked: Question,
+        n_queries: int,
         run_id: int,
         rule: EnsembleRule,
         rule_reason: str,
         protection: Protection,
-        profiles: Mapping[int, SiteProfile],
+        cards: Mapping[int, SiteCard],
         failures: Mapping[int, FedInferError],
         limits: WireLimits,
     ) -> None:
         self.asked = asked
+        self.n_queries = n_queries
         self.plan = ScorePlan.for_rule(
             rule, n_classes=len(asked.classes), n_sites_max=asked.n_sites
         )
-        self.reply_bytes = protection.payload_bytes(self.plan, asked.n_queries)
+        self.reply_bytes = protection.payload_bytes(self.plan, n_queries)
         self._rule, self._rule_reason, self._protection = rule, rule_reason, protection
-        self._run_id, self._profiles, self._limits = run_id, profiles, limits
-        self._side = protection.coordinator_side(
-            self.plan, n_queries=asked.n_queries, rule=rule, public_key=asked.public_key
+        self._run_id, self._cards, self._limits = run_id, cards, limits
+        self._nodes = {card.key_id: node_id for node_id, card in cards.items()}
+        cohort = (
+            Cohort(query_id=asked.query_id, roster=asked.roster, public_key=asked.public_key)
+            if protection.needs_roster
+            else None
         )
+        self._side: CoordinatorSide
+        if asked.relay:
+            self._side = RelaySide(protection, self.plan, most_bytes=self.reply_bytes)
+        else:
+            self._side = protection.coordinator_side(
+                self.plan,
+                n_queries=n_queries,
+                rule=rule,
+                public_key=asked.public_key,
+                cohort=cohort,
+            )
+        self.statements: list[SignedStatement] = []
         self._outcomes: dict[int, SiteOutcome] = {}
         for node_id, error in failures.items():
             self._record(node_id, SiteStatus.FAILED, error=error)
@@ -74,13 +99,13 @@ class QueryRound:
     @property
     def complete(self) -> bool:
         """Whether every site that was asked has answered or failed."""
-        return self._profiles.keys() <= self._outcomes.keys()
+        return self._cards.keys() <= self._outcomes.keys()
 
     def accumulate(self, arrival: Arrival) -> None:
         """Fold one reply in; a bad one is recorded and leaves no trace in the sum."""
         node_id = arrival.node_id
         # A second reply is never counted, nor one of a node that was not asked.
-        if node_id in self._outcomes or node_id not in self._profiles:
+        if node_id in self._outcomes or node_id not in self._cards:
             return
         payload: bytes | memoryview = b""
         try:
@@ -88,12 +113,14 @@ class QueryRound:
             payload = messages.read_answer(
                 envelope,
                 self.asked,
+                n_queries=self.n_queries,
                 run_id=self._run_id,
                 sender=node_id,
                 width=self.plan.width,
-                commitment=self._profiles[node_id].commitment(),
+                commitment=self._cards[node_id].profile.commitment(),
             )
-            self._side.add(payload)
+            statement = self._statement(envelope, arrival.node_id, payload)
+            self._side.add(payload, sender=self._cards[node_id].key_id)
         except FedInferError as exc:
             self._record(
                 node_id,
@@ -103,12 +130,89 @@ class QueryRound:
                 seconds=arrival.seconds,
             )
         else:
+            if statement is not None:
+                self.statements.append(statement)
             self._record(
                 node_id,
                 SiteStatus.ANSWERED,
                 payload_bytes=len(payload),
                 seconds=arrival.seconds,
             )
+
+    def _statement(
+        self, envelope: Envelope, node_id: int, payload: bytes | memoryview
+    ) -> SignedStatement | None:
+        """Return the site's statement, after checking that it is of this very answer."""
+        raw = bytes(envelope.section("statement"))
+        if not raw:
+            return None
+        signed = SignedStatement.from_bytes(raw)
+        signed.verify()
+        said = signed.statement
+        facts = (
+            (said.query_id, self.asked.query_id),
+            (said.run_id, self._run_id),
+            (said.site_key_id, self._cards[node_id].key_id),
+            (said.n_rows, self.n_queries),
+            (said.protection, self._protection.name),
+            (said.payload_digest, hashlib.sha256(payload).hexdigest()),
+        )
+        if any(is_said != is_so for is_said, is_so in facts):
+            raise BindingError("the site's statement is about another answer than it sent")
+        return signed
+
+    def recovery_calls(self) -> dict[int, RecoveryCall]:
+        """Return what to ask of which site before the sum can be opened; empty if nothing.
+
+        Raises
+        ------
+        QueryError
+            If too few sites answered, or their help does not suffice.
+        """
+        if not isinstance(self._side, MaskedSum):
+            return {}
+        return {
+            self._nodes[key_id]: RecoveryCall(
+                query_id=self.asked.query_id,
+                protection=self._protection.name,
+                protection_options=self._protection.options(),
+                public_key=self.asked.public_key,
+                roster=self.asked.roster,
+                request=request,
+            )
+            for key_id, request in self._side.recovery_requests().items()
+        }
+
+    def accumulate_recovery(self, arrival: Arrival) -> None:
+        """Take in one reply of a recovery round; a bad one is logged and left out."""
+        card = self._cards.get(arrival.node_id)
+        if card is None or not isinstance(self._side, MaskedSum):
+            return
+        try:
+            envelope = read_arrival(arrival, run_id=self._run_id, limits=self._limits)
+            reply = read_recovered(
+                envelope,
+                query_id=self.asked.query_id,
+                run_id=self._run_id,
+                sender=arrival.node_id,
+            )
+            self._side.add_recovery(reply, sender=card.key_id)
+        except FedInferError as exc:
+            log.warning("%s", exc.at_site(card.profile.name))
+
+    def require_answers(self, *, seconds: float, quorum: int) -> None:
+        """Refuse to go on with fewer answers than the quorum, or than the protection needs.
+
+        Raises
+        ------
+        QuorumNotMetError
+            Naming the sites that are missing.
+        """
+        for node_id in self._cards:
+            if node_id not in self._outcomes:
+                self._record(node_id, SiteStatus.LATE, seconds=seconds)
+        least = self._protection.least_sites(self.plan.n_sites_max)
+        self._require_quorum(max(quorum, least), seconds)
 
     def close(
         self, *, seconds: float, quorum: int, request_bytes: int, key_at_coordinator: bool
@@ -121,13 +225,11 @@ class QueryRound:
             If fewer sites answered than the quorum, or than the protection needs in a
             sum before it may be released.
         """
-        for node_id in self._profiles:
-            if node_id not in self._outcomes:
-                self._record(node_id, SiteStatus.LATE, seconds=seconds)
+        self.require_answers(seconds=seconds, quorum=quorum)
         spent = self._protection.epsilon_delta(self.plan)
         report = QueryReport(
             query_id=QueryId(self.asked.query_id),
-            n_queries=self.asked.n_queries,
+            n_queries=self.n_queries,
             rule=self._rule.name,
             protection=self._protection.name,
             rule_reason=self._rule_reason,
@@ -138,27 +240,24 @@ class QueryRound:
             epsilon_per_query=None if spent is None else spent[0],
             delta_per_query=None if spent is None else spent[1],
         )
-        self._require_quorum(report, max(quorum, self._protection.min_cohort))
         batch = CombinedBatch(
             query_id=self.asked.query_id,
-            n_queries=self.asked.n_queries,
+            n_queries=self.n_queries,
             n_sites=len(report.answered),
             total=self._side.total(),
         )
         return batch, report
 
-    def _require_quorum(self, report: QueryReport, needed: int) -> None:
-        n_sites = len(report.answered)
+    def _require_quorum(self, needed: int, seconds: float) -> None:
+        outcomes = [self._outcomes[n] for n in sorted(self._outcomes)]
+        missing = [s for s in outcomes if s.status is not SiteStatus.ANSWERED]
+        n_sites = len(outcomes) - len(missing)
         if n_sites >= needed:
             return
-        reasons = "; ".join(
-            f"{s.name}: {s.status.value} {s.error_code}".strip()
-            for s in report.sites
-            if s.status is not SiteStatus.ANSWERED
-        )
+        reasons = "; ".join(f"{s.name}: {s.status.value} {s.error_code}".strip() for s in missing)
         raise QuorumNotMetError(
-            f"{n_sites} of {len(report.sites)} sites answered query {report.query_id} in"
-            f" {report.seconds:.1f} s, {needed} are needed ({reasons})",
+            f"{n_sites} of {len(outcomes)} sites answered query {self.asked.query_id} in"
+            f" {seconds:.1f} s, {needed} are needed ({reasons})",
             hint="raise deadline.timeout_s, lower quorum, or mend the sites named",
         )
 
@@ -171,8 +270,8 @@ class QueryRound:
         payload_bytes: int = 0,
         seconds: float = 0.0,
     ) -> None:
-        profile = self._profiles.get(node_id)
-        name = str(node_id) if profile is None else profile.name
+        card = self._cards.get(node_id)
+        name = str(node_id) if card is None else card.profile.name
         if error is not None:
             error = error.at_site(name)
             log.warning("%s", error)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fedinfer_flower.query import Prediction, QueryReport, SiteProfile, SiteStatus
+from fedinfer_flower.receipts.receipt import Receipt
 from fedinfer_flower.wire.documents import CombinedAnswer
 
 __all__ = ["InferenceResult"]
@@ -29,6 +30,8 @@ class InferenceResult:
         a key, or with ``allow_coordinator_key=True``.
     onboarding_s : float
         Seconds that onboarding took, before the first batch.
+    receipt : Receipt, optional
+        What the sites signed about their answers; `fedinfer verify` checks it offline.
     """
 
     combined: CombinedAnswer
@@ -36,6 +39,7 @@ class InferenceResult:
     profiles: Mapping[int, SiteProfile]
     prediction: Prediction | None = None
     onboarding_s: float = 0.0
+    receipt: Receipt | None = None
 
     @property
     def degraded(self) -> bool:
@@ -58,15 +62,26 @@ class InferenceResult:
         return sum(report.reply_bytes for report in self.reports) / self.n_queries
 
     def epsilon_delta_total(self) -> tuple[float, float] | None:
-        """Return the (epsilon, delta) that one site spent on all rows; None without `dp`."""
-        from fedinfer_flower.privacy.base import make_protection
-        from fedinfer_flower.privacy.dp import DP
+        """Return the (epsilon, delta) that one site spent on all rows; None without noise.
 
-        options = dict(self.combined.protection_options)
-        protection = make_protection(self.combined.protection, options)
-        if not isinstance(protection, DP):
+        As if every row had been drawn for this job: rows that a site remembers are free.
+        """
+        from fedinfer_flower.ensemble.base import make_rule
+        from fedinfer_flower.privacy.accountant import Accountant
+        from fedinfer_flower.privacy.base import ScorePlan, make_protection
+
+        answer = self.combined
+        protection = make_protection(answer.protection, dict(answer.protection_options))
+        plan = ScorePlan.for_rule(
+            make_rule(answer.rule, dict(answer.rule_options)),
+            n_classes=len(answer.classes),
+            n_sites_max=answer.n_sites_asked,
+        )
+        charge = protection.charge(plan, self.n_queries)
+        if charge is None:
             return None
-        return protection.total_epsilon_delta(self.n_queries)
+        delta = float(protection.options().get("delta", 1e-5))
+        return Accountant(composition="fixed").epsilon_delta(charge, delta)
 
     def summary(self) -> str:
         """Return a tree of what happened, for a log or a terminal."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["ACTIONS", "HELLO", "PING", "PREDICT", "PREFIX", "message_type"]
+__all__ = ["ACTIONS", "HELLO", "PING", "PREDICT", "PREFIX", "RECOVER", "message_type"]
 
 PREFIX = "query.fi_"
 
@@ -12,10 +12,13 @@ HELLO = "fi_hello"
 PREDICT = "fi_predict"
 """One batch of queries; the reply carries protected scores."""
 
+RECOVER = "fi_recover"
+"""After a batch under masks: help to make good for sites that dropped out."""
+
 PING = "fi_ping"
 """Is the site's handler alive? Loads no model."""
 
-ACTIONS = (HELLO, PREDICT, PING)
+ACTIONS = (HELLO, PREDICT, RECOVER, PING)
 
 
 def message_type(action: str) -> str:

@@ -25,10 +25,11 @@ from fedinfer_flower.wire.envelope import (
     decode,
     encode,
 )
+from fedinfer_flower.wire.roster import Roster
 
-__all__ = ["CombinedAnswer", "CombinedBatch", "QueryJob"]
+__all__ = ["MAX_JOB_ID", "CombinedAnswer", "CombinedBatch", "Options", "QueryJob"]
 
-_MAX_JOB_ID: Final = 56
+MAX_JOB_ID: Final = 56
 """Leaves room for a batch's number in a query id, which has at most 64 characters."""
 
 Options = Mapping[str, str | int | float | bool]
@@ -67,8 +68,8 @@ class QueryJob:
     classes: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
-        if not 1 <= len(self.job_id) <= _MAX_JOB_ID:
-            raise InvalidValueError(f"a job id has 1 to {_MAX_JOB_ID} characters")
+        if not 1 <= len(self.job_id) <= MAX_JOB_ID:
+            raise InvalidValueError(f"a job id has 1 to {MAX_JOB_ID} characters")
         if self.inputs.ndim < 2 or len(self.inputs) == 0:
             raise InvalidValueError(
                 f"queries have shape {self.inputs.shape}, expected (n_queries, ...)",
@@ -183,6 +184,10 @@ class CombinedAnswer:
         Fixes the codec's capacity.
     key_id : str
     batches : tuple of CombinedBatch
+    roster : Roster
+        The sites, where payloads are bound to their keys or sealed by them; else empty.
+    relayed : bool
+        Whether the totals are the sites' answers one by one, sealed to the querier.
     """
 
     job_id: str
@@ -194,6 +199,8 @@ class CombinedAnswer:
     n_sites_asked: int
     key_id: str
     batches: tuple[CombinedBatch, ...]
+    roster: Roster = field(default_factory=lambda: Roster(()), repr=False)
+    relayed: bool = False
 
     def to_bytes(self) -> bytes:
         """Return the combined answer as one envelope."""
@@ -211,8 +218,12 @@ class CombinedAnswer:
                     "classes": list(self.classes),
                     "sites": self.n_sites_asked,
                     "batches": [[b.query_id, b.n_queries, b.n_sites] for b in self.batches],
+                    "relayed": self.relayed,
                 },
-                sections=tuple((f"total-{i}", b.total) for i, b in enumerate(self.batches)),
+                sections=(
+                    *((f"total-{i}", b.total) for i, b in enumerate(self.batches)),
+                    ("roster", self.roster.to_bytes()),
+                ),
             )
         )
 
@@ -230,10 +241,12 @@ class CombinedAnswer:
             raise EnvelopeError("the bytes are not a combined answer")
         meta = envelope.meta
         fields.exactly(
-            meta, "rule", "rule-options", "protection-options", "classes", "sites", "batches"
+            meta,
+            *("rule", "rule-options", "protection-options", "classes", "sites", "batches"),
+            "relayed",
         )
         rows = meta["batches"]
-        if not isinstance(rows, list) or len(rows) != len(envelope.sections):
+        if not isinstance(rows, list) or len(rows) + 1 != len(envelope.sections):
             raise EnvelopeError("the combined answer's batches do not match its sections")
         if len(rows) > limits.max_sections:
             raise SizeLimitError(f"{len(rows)} batches; the limit is {limits.max_sections}")
@@ -247,6 +260,8 @@ class CombinedAnswer:
             n_sites_asked=fields.whole(meta, "sites", low=1, high=1_000_000),
             key_id=envelope.key_id,
             batches=tuple(_read_batch(row, i, envelope) for i, row in enumerate(rows)),
+            roster=Roster.from_bytes(envelope.section("roster")),
+            relayed=fields.flag(meta, "relayed"),
         )
 
 

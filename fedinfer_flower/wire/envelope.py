@@ -52,7 +52,7 @@ _PREFIX: Final = struct.Struct(">4sHHIQ")
 _QUERY_ID = re.compile(r"[0-9a-zA-Z_-]{0,64}")
 _KEY_ID = re.compile(r"([0-9a-f]{64})?")
 _SECTION = re.compile(r"[a-z][a-z0-9-]{0,31}")
-_CODEC = re.compile(r"[a-z0-9-]{0,32}")
+_CODEC = re.compile(r"[a-z0-9+-]{0,32}")
 
 
 class Kind(StrEnum):
@@ -66,6 +66,12 @@ class Kind(StrEnum):
     PING = "ping"
     JOB = "job"
     COMBINED = "combined"
+    SEALED_QUERY = "sealed-query"
+    SEALED_ANSWER = "sealed-answer"
+    SEALED_JOB = "sealed-job"
+    RECOVER = "recover"
+    RECOVERED = "recovered"
+    DIRECTORY = "directory"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,7 +4,7 @@
 kind          from → to              carries
 ============  =====================  ====================================================
 ``hello``     coordinator → site     nothing but the run
-``profile``   site → coordinator     `SiteProfile`
+``profile``   site → coordinator     `SiteCard`: profile, public keys, signature
 ``query``     coordinator → site     `Question`: rule, protection, classes, inputs, key
 ``answer``    site → coordinator     protected scores, commitment to the profile
 ``error``     site → coordinator     code and fixed text of a typed error
@@ -24,15 +24,16 @@ from fedinfer_flower.errors import (
     BindingError,
     EnvelopeError,
     FedInferError,
-    InvalidValueError,
     ShapeError,
     SizeLimitError,
     error_class,
 )
-from fedinfer_flower.query import MAX_CLASSES, CountsKind, SiteProfile
+from fedinfer_flower.query import MAX_CLASSES, CountsKind
 from fedinfer_flower.wire import fields
 from fedinfer_flower.wire.arrays import array_from_bytes, array_to_bytes
 from fedinfer_flower.wire.envelope import DEFAULT_LIMITS, Envelope, Json, Kind, WireLimits
+from fedinfer_flower.wire.identity import PublicIdentity
+from fedinfer_flower.wire.roster import Roster
 
 __all__ = [
     "Question",
@@ -42,9 +43,7 @@ __all__ = [
     "question",
     "read_answer",
     "read_error",
-    "read_profile",
     "read_question",
-    "site_profile",
 ]
 
 Options = Mapping[str, str | int | float | bool]
@@ -72,11 +71,19 @@ class Question:
         The querier's; empty for protections without one.
     key_id : str
         Its fingerprint.
+    roster : Roster
+        The sites that take part; empty where nothing is bound to them.
+    querier : PublicIdentity, optional
+        Who asks, in a sealed question; None in one that the coordinator asks itself.
+    expires_at : float
+        Seconds since 1970, after which no site answers; 0.0 for never.
+    relay : bool
+        Whether sites seal their answers to the querier, and the coordinator adds nothing.
 
     Privacy
     -------
-    The inputs travel in clear: the coordinator and every site that is asked can read
-    them. Protections hide answers, not queries.
+    Whoever holds a question can read the inputs: every site that is asked, and the
+    coordinator unless the question travels sealed (`wire.sealed_query`).
     """
 
     query_id: str
@@ -91,6 +98,10 @@ class Question:
     counts_kind: CountsKind = CountsKind.WITHHELD
     public_key: bytes = field(default=b"", repr=False)
     key_id: str = ""
+    roster: Roster = field(default_factory=lambda: Roster(()), repr=False)
+    querier: PublicIdentity | None = None
+    expires_at: float = 0.0
+    relay: bool = False
 
     @property
     def n_queries(self) -> int:
@@ -118,15 +129,22 @@ def question(asked: Question, *, run_id: int) -> Envelope:
             "rule-options": dict(asked.rule_options),
             "protection": asked.protection,
             "protection-options": dict(asked.protection_options),
+            "expires-at": asked.expires_at,
+            "relay": asked.relay,
         },
-        sections=(("inputs", data), ("public-key", asked.public_key)),
+        sections=(
+            ("inputs", data),
+            ("public-key", asked.public_key),
+            ("roster", asked.roster.to_bytes()),
+            ("querier", b"" if asked.querier is None else asked.querier.to_bytes()),
+        ),
     )
 
 
 def read_question(envelope: Envelope, *, limits: WireLimits = DEFAULT_LIMITS) -> Question:
     """Read a question; the inputs are a read-only view of the message's bytes."""
     _require_kind(envelope, Kind.QUERY)
-    envelope.require_sections("inputs", "public-key")
+    envelope.require_sections("inputs", "public-key", "roster", "querier")
     if len(envelope.shape) < 2 or not envelope.query_id:
         raise EnvelopeError("a query that is not (n_queries, ...), or has no id")
     if envelope.shape[0] > limits.max_rows:
@@ -135,18 +153,23 @@ def read_question(envelope: Envelope, *, limits: WireLimits = DEFAULT_LIMITS) ->
     fields.exactly(
         meta,
         *("classes", "class-totals", "counts-kind", "sites"),
-        *("rule", "rule-options", "protection", "protection-options"),
+        *("rule", "rule-options", "protection", "protection-options", "expires-at", "relay"),
     )
     classes = fields.texts(meta, "classes", max_items=MAX_CLASSES)
     if not classes or len(set(classes)) != len(classes):
         raise EnvelopeError("a query without classes, or with one twice")
+    n_sites = fields.whole(meta, "sites", low=1, high=1_000_000)
+    roster = Roster.from_bytes(envelope.section("roster"))
+    if len(roster) not in (0, n_sites):
+        raise EnvelopeError("a query whose roster does not have the sites that it names")
+    querier = envelope.section("querier")
     return Question(
         query_id=envelope.query_id,
         inputs=array_from_bytes(
             envelope.section("inputs"), dtype=envelope.codec, shape=envelope.shape
         ),
         classes=classes,
-        n_sites=fields.whole(meta, "sites", low=1, high=1_000_000),
+        n_sites=n_sites,
         rule=fields.text(meta, "rule", max_chars=64),
         protection=fields.text(meta, "protection", max_chars=64),
         rule_options=fields.scalars(meta, "rule-options"),
@@ -155,6 +178,10 @@ def read_question(envelope: Envelope, *, limits: WireLimits = DEFAULT_LIMITS) ->
         counts_kind=_counts_kind(meta),
         public_key=bytes(envelope.section("public-key")),
         key_id=envelope.key_id,
+        roster=roster,
+        querier=PublicIdentity.from_bytes(querier) if len(querier) else None,
+        expires_at=fields.number(meta, "expires-at"),
+        relay=fields.flag(meta, "relay"),
     )
 
 
@@ -166,8 +193,9 @@ def answer(
     payload: bytes,
     width: int,
     commitment: str,
+    statement: bytes = b"",
 ) -> Envelope:
-    """Build the envelope of one site's protected scores."""
+    """Build the envelope of one site's protected scores, with its signed statement."""
     return Envelope(
         kind=Kind.ANSWER,
         run_id=run_id,
@@ -177,7 +205,7 @@ def answer(
         shape=(asked.n_queries, width),
         codec=asked.protection,
         meta={"commitment": commitment},
-        sections=(("scores", payload),),
+        sections=(("scores", payload), ("statement", statement)),
     )
 
 
@@ -185,6 +213,7 @@ def read_answer(
     envelope: Envelope,
     asked: Question,
     *,
+    n_queries: int,
     run_id: int,
     sender: int,
     width: int,
@@ -200,7 +229,7 @@ def read_answer(
         If the shape is not (n_queries, width).
     """
     _require_kind(envelope, Kind.ANSWER)
-    envelope.require_sections("scores")
+    envelope.require_sections("scores", "statement")
     fields.exactly(envelope.meta, "commitment")
     check_bound(envelope, run_id=run_id, sender=sender, query_id=asked.query_id)
     if envelope.key_id != asked.key_id:
@@ -212,8 +241,8 @@ def read_answer(
             "the site's profile changed since onboarding",
             hint="start the run again, so that the site is onboarded with its new profile",
         )
-    if envelope.shape != (asked.n_queries, width):
-        raise ShapeError(f"scores of shape {envelope.shape}, expected {(asked.n_queries, width)}")
+    if envelope.shape != (n_queries, width):
+        raise ShapeError(f"scores of shape {envelope.shape}, expected {(n_queries, width)}")
     return envelope.section("scores")
 
 
@@ -225,38 +254,6 @@ def check_bound(envelope: Envelope, *, run_id: int, sender: int, query_id: str =
         raise BindingError("the envelope names another sender")
     if envelope.query_id != query_id:
         raise BindingError("the envelope belongs to another query")
-
-
-def site_profile(profile: SiteProfile, *, run_id: int, sender: int) -> Envelope:
-    """Build the envelope of a site's profile."""
-    return Envelope(kind=Kind.PROFILE, run_id=run_id, sender=sender, meta=profile.to_dict())
-
-
-def read_profile(envelope: Envelope, *, run_id: int, sender: int) -> SiteProfile:
-    """Read and validate a site's profile."""
-    _require_kind(envelope, Kind.PROFILE)
-    envelope.require_sections()
-    check_bound(envelope, run_id=run_id, sender=sender)
-    meta = envelope.meta
-    fields.exactly(meta, *SiteProfile.__dataclass_fields__)
-    counts = meta["class_counts"]
-    card = fields.scalars(meta, "model_card")
-    try:
-        return SiteProfile(
-            name=fields.text(meta, "name", max_chars=128),
-            classes=fields.texts(meta, "classes", max_items=MAX_CLASSES),
-            counts_kind=_counts_kind({"counts-kind": meta["counts_kind"]}),
-            class_counts=None
-            if counts is None
-            else fields.numbers(meta, "class_counts", max_items=MAX_CLASSES),
-            calibrated=fields.flag(meta, "calibrated"),
-            temperature=fields.number(meta, "temperature"),
-            familiarity=fields.flag(meta, "familiarity"),
-            model_card={key: str(value) for key, value in card.items()},
-            price_per_query=fields.number(meta, "price_per_query"),
-        )
-    except InvalidValueError as exc:
-        raise EnvelopeError(f"the profile is not valid: {exc.message}") from None
 
 
 def error(exc: FedInferError, *, run_id: int, sender: int, query_id: str = "") -> Envelope:

@@ -14,6 +14,7 @@ from fedinfer_flower.clients import model_cache
 from fedinfer_flower.simulation.local_grid import LocalGrid
 from fedinfer_flower.wire import messages
 from fedinfer_flower.wire.actions import HELLO, PREDICT, message_type
+from fedinfer_flower.wire.directory import read_site_card
 from fedinfer_flower.wire.envelope import Envelope, Kind
 from fedinfer_flower.wire.messages import Question
 from fedinfer_flower.wire.records import pack, unpack
@@ -43,7 +44,7 @@ class Site:
         return unpack(self.reply(Envelope(kind=Kind.HELLO, run_id=self.run_id), HELLO).content)
 
     def profile(self):
-        return messages.read_profile(self.hello(), run_id=self.run_id, sender=NODE)
+        return read_site_card(self.hello(), run_id=self.run_id, sender=NODE).profile
 
     def ask(self, **changes) -> Envelope:
         options = {

@@ -61,7 +61,7 @@ def combine(querier: Querier, job: QueryJob) -> CombinedAnswer:
 @pytest.fixture(params=["plain", "he"])
 def asked(request) -> tuple[Querier, CombinedAnswer]:
     querier = Querier(protection=request.param)
-    job = QueryJob.from_bytes(querier.ask(QUERIES, batch_size=2).to_bytes())
+    job = QueryJob.from_bytes(querier.ask(QUERIES, batch_size=2, clear=True).to_bytes())
     return querier, CombinedAnswer.from_bytes(combine(querier, job).to_bytes())
 
 
@@ -150,7 +150,7 @@ def test_open_of_an_impossible_number_of_sites_is_refused(asked, n_sites):
 @pytest.mark.parametrize("n_sites", [1, 2])
 def test_open_of_too_few_sites_under_he_is_refused(n_sites):
     querier = Querier(protection="he")
-    combined = combine(querier, querier.ask(QUERIES))
+    combined = combine(querier, querier.ask(QUERIES, clear=True))
     with pytest.raises(BindingError, match="3 are needed"):
         querier.open(changed_batch(combined, 0, n_sites=n_sites))
 
@@ -165,7 +165,7 @@ def test_open_of_a_damaged_total_raises_typed_error(asked):
 
 def test_open_of_a_sum_larger_than_the_sites_could_send_is_refused():
     querier = Querier(protection="plain")
-    combined = combine(querier, querier.ask(QUERIES))
+    combined = combine(querier, querier.ask(QUERIES, clear=True))
     total = np.full((5, 3), 4.01)
     with pytest.raises(ProtocolError):
         querier.open(changed_batch(combined, 0, total=total.tobytes()))
@@ -173,14 +173,14 @@ def test_open_of_a_sum_larger_than_the_sites_could_send_is_refused():
 
 def test_open_of_another_queriers_answer_is_refused():
     first, second = Querier(protection="he"), Querier(protection="he")
-    combined = combine(first, first.ask(QUERIES))
+    combined = combine(first, first.ask(QUERIES, clear=True))
     with pytest.raises(BindingError, match="another querier"):
         second.open(combined)
 
 
 def test_open_of_answers_to_two_jobs_works_in_any_order():
     querier = Querier(protection="plain")
-    one, two = querier.ask(QUERIES), querier.ask(QUERIES, batch_size=1)
+    one, two = querier.ask(QUERIES, clear=True), querier.ask(QUERIES, batch_size=1, clear=True)
     assert one.job_id != two.job_id
     for job in (two, one, two):
         assert len(querier.open(combine(querier, job))) == 5
@@ -188,7 +188,7 @@ def test_open_of_answers_to_two_jobs_works_in_any_order():
 
 def test_open_of_an_answer_under_another_epsilon_is_refused():
     querier = Querier(protection=DP(epsilon=2.0))
-    combined = combine(querier, querier.ask(QUERIES))
+    combined = combine(querier, querier.ask(QUERIES, clear=True))
     assert len(querier.open(combined)) == 5
     bad = dataclasses.replace(
         combined, protection_options=dict(combined.protection_options) | {"epsilon": 64.0}
@@ -199,7 +199,7 @@ def test_open_of_an_answer_under_another_epsilon_is_refused():
 
 def test_job_has_no_secret_in_it():
     querier = Querier(protection="he")
-    data = querier.ask(QUERIES).to_bytes()
+    data = querier.ask(QUERIES, clear=True).to_bytes()
     secret = querier._keys.secret_key
     assert querier._keys.public_key in data
     assert not any(
@@ -218,7 +218,7 @@ def test_keys_are_fresh_for_every_querier():
 )
 def test_ask_with_inputs_that_cannot_travel_is_refused(inputs):
     with pytest.raises(InvalidValueError):
-        Querier(protection="plain").ask(inputs).to_bytes()
+        Querier(protection="plain").ask(inputs, clear=True).to_bytes()
 
 
 def test_unknown_protection_is_refused_with_a_hint():
@@ -271,7 +271,7 @@ def test_secret_file_is_not_written_through_a_link(tmp_path):
 @pytest.mark.parametrize("protection", ["plain", "he", DP(epsilon=3.0)], ids=str)
 def test_loaded_querier_opens_and_breaks_ties_as_the_one_that_was_saved(tmp_path, protection):
     querier = Querier(protection=protection, tie_seed=5)
-    combined = combine(querier, querier.ask(QUERIES, batch_size=2))
+    combined = combine(querier, querier.ask(QUERIES, batch_size=2, clear=True))
     querier.save_secret(tmp_path / "s")
 
     loaded = Querier.load_secret(tmp_path / "s")
@@ -322,7 +322,7 @@ def test_secret_file_of_other_content_raises_typed_error(tmp_path, content):
 
 def test_secret_of_another_key_pair_opens_nothing(tmp_path):
     querier, other = Querier(protection="he"), Querier(protection="he")
-    combined = combine(querier, querier.ask(QUERIES))
+    combined = combine(querier, querier.ask(QUERIES, clear=True))
     mixed = Querier(
         protection="he",
         keys=KeyPair(public_key=querier._keys.public_key, secret_key=other._keys.secret_key),
@@ -335,7 +335,7 @@ def test_secret_of_another_key_pair_opens_nothing(tmp_path):
 def test_repr_shows_no_secret_key():
     querier = Querier(protection="he")
     secret = querier._keys.secret_key
-    job = querier.ask(QUERIES)
+    job = querier.ask(QUERIES, clear=True)
     for item in (querier, querier._keys, job, combine(querier, job)):
         # 16 bytes from the middle: the beginning is a header that says what it is.
         assert secret[1000:1016].hex() not in repr(item)
@@ -344,7 +344,7 @@ def test_repr_shows_no_secret_key():
 
 def test_repr_shows_no_query_and_no_total():
     querier = Querier(protection="plain")
-    job = querier.ask(QUERIES)
+    job = querier.ask(QUERIES, clear=True)
     combined = combine(querier, job)
     for item in (querier, job, combined, combined.batches[0]):
         assert "19." not in repr(item)  # the last query

@@ -14,7 +14,7 @@ from fedinfer_flower.clients.site_model import SiteModel, prepare
 from fedinfer_flower.ensemble.base import EnsembleRule
 from fedinfer_flower.query import CountsKind
 from fedinfer_flower.simulation.local_grid import LocalGrid
-from fedinfer_flower.strategies.onboarding import class_totals, shared_classes
+from fedinfer_flower.planning.label_space import class_totals, shared_classes
 from fedinfer_flower.wire.messages import Question
 
 N_SITES, N_FEATURES, N_QUERIES = 5, 4, 12
@@ -64,7 +64,7 @@ class Federation:
     def app(self) -> ClientApp:
         mods = {share: InferenceMod(load_model, share_counts=share) for share in set(self.shares)}
         app = ClientApp()
-        for action in ("fi_hello", "fi_predict", "fi_ping"):
+        for action in ("fi_hello", "fi_predict", "fi_recover", "fi_ping"):
 
             @app.query(action)
             def handle(message, context):
@@ -109,7 +109,7 @@ class Federation:
     def ask(self, strategy: FedEnsemble, grid: LocalGrid, *, batch_size: int = 1024):
         """Run a job of a querier in this process; return (totals, prediction, result)."""
         querier = Querier(protection=strategy.protection)
-        result = strategy.start(grid, querier.ask(self.queries, batch_size=batch_size))
+        result = strategy.start(grid, querier.ask(self.queries, batch_size=batch_size, clear=True))
         return querier.totals(result.combined), querier.open(result.combined), result
 
 
@@ -136,7 +136,7 @@ def app_with() -> Callable[..., ClientApp]:
     def build(wrap, **options) -> ClientApp:
         mod = InferenceMod(load_model, **{"share_counts": "counts"} | options)
         app = ClientApp()
-        for action in ("fi_hello", "fi_predict", "fi_ping"):
+        for action in ("fi_hello", "fi_predict", "fi_recover", "fi_ping"):
 
             @app.query(action)
             def handle(message, context, action=action):

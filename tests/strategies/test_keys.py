@@ -32,11 +32,11 @@ def test_array_under_he_is_refused(federation, grid):
 def test_job_of_a_querier_in_this_process_under_he_is_refused(federation, grid):
     querier = Querier(protection="he")
     with pytest.raises(KeyAtCoordinatorError, match="is in the coordinator's process"):
-        strategy().start(grid, querier.ask(federation.queries))
+        strategy().start(grid, querier.ask(federation.queries, clear=True))
 
 
 def test_job_that_went_through_bytes_in_this_process_is_refused_as_well(federation, grid):
-    job = QueryJob.from_bytes(Querier(protection="he").ask(federation.queries).to_bytes())
+    job = QueryJob.from_bytes(Querier(protection="he").ask(federation.queries, clear=True).to_bytes())
     with pytest.raises(KeyAtCoordinatorError):
         strategy().start(grid, job)
 
@@ -51,7 +51,7 @@ def test_querier_itself_is_refused(grid, protection):
 def test_coordinator_key_that_is_allowed_is_flagged(federation, grid, as_job):
     queries = federation.queries
     if as_job:
-        queries = Querier(protection="he").ask(queries)
+        queries = Querier(protection="he").ask(queries, clear=True)
     result = strategy(allow_coordinator_key=True).start(grid, queries)
 
     assert all(report.key_at_coordinator for report in result.reports)
@@ -72,7 +72,7 @@ def test_protection_without_key_is_not_flagged(federation, grid, protection):
     ("asked", "given"), [("plain", "he"), ("he", "plain"), (DP(epsilon=2.0), DP(epsilon=1.0))]
 )
 def test_job_under_another_protection_is_refused(federation, grid, asked, given):
-    job = Querier(protection=asked).ask(federation.queries)
+    job = Querier(protection=asked).ask(federation.queries, clear=True)
     with pytest.raises(BindingError, match="the job asks for"):
         strategy(given).start(grid, job)
 
@@ -80,7 +80,7 @@ def test_job_under_another_protection_is_refused(federation, grid, asked, given)
 def test_job_whose_key_id_names_another_key_is_refused(federation, grid):
     import dataclasses
 
-    job = Querier(protection="he").ask(federation.queries)
+    job = Querier(protection="he").ask(federation.queries, clear=True)
     other = Querier(protection="he").key_id
     for key_id in (other, "", "00" * 32):
         with pytest.raises(BindingError):
@@ -123,7 +123,7 @@ def test_querier_in_another_process_opens_what_this_one_cannot(federation, grid,
         from fedinfer_flower import Querier
         queries, job, secret = sys.argv[1:]
         querier = Querier(protection="he")
-        asked = querier.ask(numpy.load(queries), batch_size=7)
+        asked = querier.ask(numpy.load(queries), batch_size=7, clear=True)
         pathlib.Path(job).write_bytes(asked.to_bytes())
         querier.save_secret(secret)
         """,

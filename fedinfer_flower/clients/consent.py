@@ -1,0 +1,118 @@
+"""What a site agrees to. The coordinator cannot widen it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from fedinfer_flower.errors import ProtectionRefusedError, UntrustedKeyError
+from fedinfer_flower.privacy.base import Protection, ScorePlan
+from fedinfer_flower.wire.messages import Question
+
+__all__ = ["Consent"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Consent:
+    """What a site agrees to.
+
+    Parameters
+    ----------
+    protections : frozenset of str, optional
+        Protections under which the site answers. Default: all; with a privacy budget, those
+        that add noise.
+    querier_key_ids : frozenset of str, optional
+        Fingerprints of the queriers that the site answers: of the identity that signed a
+        sealed query, or of the key for which it encrypts under `he`. None for anyone.
+    peer_key_ids : frozenset of str, optional
+        Fingerprints of the other sites that the site knows. With them, enough of a
+        roster's sites for the smallest sum must be known.
+    require_seal : bool
+        Refuse queries that the coordinator could read, or make up.
+    max_epsilon_per_query : float, optional
+        Most epsilon that the site spends on one query row; None for no limit.
+
+    Privacy
+    -------
+    Without `querier_key_ids` a dishonest coordinator can ask for itself, and under `he` put
+    a key of its own in place of the querier's. Without `peer_key_ids` it can make up all
+    other sites of a sum.
+    """
+
+    protections: frozenset[str] | None = None
+    querier_key_ids: frozenset[str] | None = field(default=None)
+    peer_key_ids: frozenset[str] | None = field(default=None)
+    require_seal: bool = False
+    max_epsilon_per_query: float | None = None
+
+    def check(
+        self,
+        asked: Question,
+        protection: Protection,
+        plan: ScorePlan,
+        *,
+        sealed: bool,
+        budgeted: bool,
+    ) -> None:
+        """Refuse what the site did not agree to.
+
+        Raises
+        ------
+        ProtectionRefusedError
+            With the rule that forbids it.
+        UntrustedKeyError
+            If the querier, or too many of the other sites, are unknown.
+        """
+        self._check_protection(asked, protection, plan, budgeted=budgeted)
+        if self.require_seal and not sealed:
+            raise ProtectionRefusedError(
+                "this site answers sealed queries only",
+                hint="fetch the directory and ask(inputs, directory=...)",
+            )
+        self._check_keys(asked, protection, sealed=sealed)
+
+    def _check_protection(
+        self, asked: Question, protection: Protection, plan: ScorePlan, *, budgeted: bool
+    ) -> None:
+        if self.protections is not None and protection.name not in self.protections:
+            raise ProtectionRefusedError(
+                f"this site does not answer under {protection.name!r}",
+                hint=f"use {' or '.join(sorted(self.protections))}",
+            )
+        if self.protections is None and budgeted and protection.charge(plan, 1) is None:
+            raise ProtectionRefusedError(
+                f"this site keeps a privacy budget, which no answer under {protection.name!r}"
+                " fits: it adds no noise",
+                hint="use secagg+dp, he+dp or dp",
+            )
+        if asked.n_sites < protection.min_cohort:
+            raise ProtectionRefusedError(
+                f"{protection.name!r} needs at least {protection.min_cohort} sites in a sum,"
+                f" {asked.n_sites} are asked"
+            )
+        spent = protection.epsilon_delta(plan)
+        limit = self.max_epsilon_per_query
+        if spent is not None and limit is not None and spent[0] > limit:
+            raise ProtectionRefusedError(
+                f"epsilon {spent[0]:g} a query is above this site's limit of {limit:g}"
+            )
+
+    def _check_keys(self, asked: Question, protection: Protection, *, sealed: bool) -> None:
+        known = self.querier_key_ids
+        if known is not None:
+            signer = asked.querier.key_id if sealed and asked.querier is not None else ""
+            encrypted_for = asked.key_id if protection.needs_key else ""
+            if signer not in known and encrypted_for not in known:
+                raise UntrustedKeyError(
+                    "this site does not know the querier's key",
+                    hint="give the site the key id that 'fedinfer querier key' prints; a query"
+                    " in clear has no signature, so ask under seal",
+                )
+        if self.peer_key_ids is not None and len(asked.roster):
+            n_known = len(self.peer_key_ids & set(asked.roster.key_ids))
+            # With this site itself, as many as the smallest sum that may be opened.
+            if n_known + 1 < protection.least_sites(asked.n_sites):
+                raise UntrustedKeyError(
+                    f"this site knows {n_known} of the other {asked.n_sites - 1} sites of the"
+                    f" query, {protection.least_sites(asked.n_sites) - 1} are needed",
+                    hint="compare key ids with the other sites' operators",
+                )

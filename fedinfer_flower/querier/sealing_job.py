@@ -1,0 +1,99 @@
+"""From rows and a directory to a sealed job: everything is fixed before it leaves."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Sequence
+
+from fedinfer_flower.ensemble.base import Disclosure, make_rule
+from fedinfer_flower.errors import InvalidValueError
+from fedinfer_flower.planning.label_space import shared_classes
+from fedinfer_flower.planning.question import choose_rule, question_template, with_batch
+from fedinfer_flower.privacy.base import KeyPair, Protection
+from fedinfer_flower.privacy.legality import require_legal
+from fedinfer_flower.wire.directory import Directory
+from fedinfer_flower.wire.documents import QueryJob
+from fedinfer_flower.wire.identity import Identity
+from fedinfer_flower.wire.sealed_job import SealedBatch, SealedJob
+from fedinfer_flower.wire.sealed_query import seal_question
+
+__all__ = ["sealed_job"]
+
+
+def sealed_job(
+    job: QueryJob,
+    *,
+    directory: Directory,
+    identity: Identity,
+    protection: Protection,
+    keys: KeyPair,
+    rule: str,
+    classes: Sequence[str] | None,
+    ttl_s: float,
+) -> SealedJob:
+    """Seal a job to every site of a directory.
+
+    Under a protection that shows the coordinator each site's scores, the sites seal them
+    to the querier instead, and the coordinator passes them on.
+
+    Raises
+    ------
+    ConfigError
+        If the rule cannot work under the protection, or with what the sites share.
+    """
+    if not ttl_s > 0.0:
+        raise InvalidValueError("ttl_s is a positive number of seconds")
+    if len(directory.cards) < protection.min_cohort:
+        raise InvalidValueError(
+            f"the directory has {len(directory.cards)} sites; {protection.name!r} combines at"
+            f" least {protection.min_cohort}"
+        )
+    profiles = dict(enumerate(card.profile for card in directory.cards))
+    chosen, reason = choose_rule(
+        None if rule == "auto" else make_rule(rule, {}), protection, profiles
+    )
+    require_legal(chosen, protection)
+    relay = protection.reveals is Disclosure.SCORES
+    template = question_template(
+        inputs=job.inputs,
+        rule=chosen,
+        protection=protection,
+        profiles=profiles,
+        classes=tuple(classes) if classes is not None else shared_classes(profiles),
+        public_key=keys.public_key,
+        key_id=keys.key_id,
+        roster=directory.roster,
+    )
+    template = dataclasses.replace(
+        template, querier=identity.public, expires_at=time.time() + ttl_s, relay=relay
+    )
+    batches = tuple(
+        SealedBatch(
+            query_id=query_id,
+            n_queries=len(inputs),
+            sealed=seal_question(
+                with_batch(template, query_id, inputs),
+                identity=identity,
+                run_id=directory.run_id,
+            ),
+        )
+        for query_id, inputs in job.batches()
+    )
+    return SealedJob(
+        job_id=job.job_id,
+        run_id=directory.run_id,
+        rule=chosen.name,
+        rule_options=chosen.options(),
+        rule_reason=reason,
+        protection=protection.name,
+        protection_options=protection.options(),
+        classes=template.classes,
+        roster=directory.roster,
+        querier=identity.public,
+        public_key=keys.public_key,
+        key_id=keys.key_id,
+        expires_at=template.expires_at,
+        relay=relay,
+        batches=batches,
+    )
