@@ -24,7 +24,10 @@ from fedinfer_flower.simulation.engine import QUIET_ENVIRONMENT
 from fedinfer_flower.simulation.federation import FederationPlan, Step
 from fedinfer_flower.simulation.institution import write_institutions
 from fedinfer_flower.simulation.partition import partition_rows
-from fedinfer_flower.wire.documents import CombinedAnswer
+from fedinfer_flower.strategies.handover import write_whole
+from fedinfer_flower.wire.directory import Directory
+from fedinfer_flower.wire.documents import CombinedAnswer, QueryJob
+from fedinfer_flower.wire.sealed_job import SealedJob
 
 __all__ = ["DemoOptions", "DemoRun", "StepOutcome", "run_federation"]
 
@@ -42,7 +45,7 @@ class DemoOptions:
     n_sites: int = 5
     alpha: float = 0.1
     rule: str = "auto"
-    protect: str = "he"
+    protect: str = "secagg"
     seed: int = 0
 
     def command(self) -> str:
@@ -102,11 +105,16 @@ def run_federation(
     steps = demo_steps(options)
     # The keys are made here and stay here: the federation is another process.
     queriers = {step.label: Querier(protection=_protection(step)) for step in steps}
-    for step in steps:
-        job = queriers[step.label].ask(dataset.test_inputs, classes=dataset.classes)
-        (folder / f"{step.label}.job").write_bytes(job.to_bytes())
     FederationPlan(n_sites=options.n_sites, share_counts="counts", steps=steps).write(folder)
-    _run_child(folder, progress)
+
+    def seal() -> None:
+        directory = Directory.from_bytes((folder / "directory.fi").read_bytes())
+        for step in steps:
+            job = _job(queriers[step.label], step, dataset, directory)
+            (folder / f"{step.label}.job").write_bytes(job.to_bytes())
+        write_whole(folder / "jobs.ready", b"")
+
+    _run_child(folder, progress, seal)
     for step in steps:
         combined = CombinedAnswer.from_bytes((folder / f"{step.label}.answer").read_bytes())
         run.outcomes[step.label] = StepOutcome(
@@ -116,6 +124,16 @@ def run_federation(
         )
     run.seconds_total = time.monotonic() - start
     return run
+
+
+def _job(
+    querier: Querier, step: Step, dataset: Dataset, directory: Directory
+) -> QueryJob | SealedJob:
+    if not step.sealed:
+        return querier.ask(dataset.test_inputs, clear=True, classes=dataset.classes)
+    return querier.ask(
+        dataset.test_inputs, directory=directory, classes=dataset.classes, rule=step.rule
+    )
 
 
 def demo_steps(options: DemoOptions) -> tuple[Step, ...]:
@@ -142,11 +160,17 @@ def demo_steps(options: DemoOptions) -> tuple[Step, ...]:
         )
     wanted = [
         name
-        for name in dict.fromkeys(["plain", "he", "dp", options.protect])
+        for name in dict.fromkeys(["plain", "secagg", "he", "secagg+dp", "dp", options.protect])
         if PROTECTIONS.get(name).min_cohort <= options.n_sites
     ]
     for name in wanted:
-        step = Step(label=f"protect-{name}", rule=options.rule, protection=name)
+        step = Step(
+            label=f"protect-{name}",
+            rule=options.rule,
+            protection=name,
+            options={"epsilon": DP_EPSILON} if name.endswith("+dp") else {},
+            sealed=True,
+        )
         if name == "dp":
             steps += _dp_steps(options)
         elif options.rule == "auto" or not refusal(RULES.get(options.rule)(), _protection(step)):
@@ -158,8 +182,14 @@ def _dp_steps(options: DemoOptions) -> list[Step]:
     gaussian: Options = {"mechanism": "gaussian", "epsilon": DP_EPSILON}
     response: Options = {"mechanism": "randomised-response", "epsilon": DP_EPSILON}
     steps = [
-        Step(label="protect-dp", rule=options.rule, protection="dp", options=gaussian),
-        Step(label="protect-dp-votes", rule="majority-vote", protection="dp", options=response),
+        Step(label="protect-dp", rule=options.rule, protection="dp", options=gaussian, sealed=True),
+        Step(
+            label="protect-dp-votes",
+            rule="majority-vote",
+            protection="dp",
+            options=response,
+            sealed=True,
+        ),
     ]
     rule = None if options.rule == "auto" else RULES.get(options.rule)()
     return [s for s in steps if rule is None or not refusal(rule, _protection(s))] or steps[1:]
@@ -168,9 +198,12 @@ def _dp_steps(options: DemoOptions) -> list[Step]:
 def coordinator_sees(protection: str) -> str:
     """Return in words what the coordinator is shown of the sites' answers."""
     return {
-        "plain": "every site's scores",
+        "plain": "sealed answers, which the querier opens one by one",
+        "secagg": "masked vectors; only their sum can be opened, by the querier",
+        "secagg+dp": "masked vectors; only their noisy sum can be opened, by the querier",
         "he": "ciphertexts; the querier's key opens only what it is given",
-        "dp": "every site's scores with that site's noise",
+        "he+dp": "ciphertexts; the querier opens a noisy sum",
+        "dp": "sealed answers; the querier opens them one by one, each with its site's noise",
     }.get(protection, "what its page in the docs says")
 
 
@@ -183,7 +216,9 @@ def _protection(step: Step) -> Protection:
     return make_protection(step.protection, step.options)
 
 
-def _run_child(folder: Path, progress: Callable[[int, int, str], None]) -> None:
+def _run_child(
+    folder: Path, progress: Callable[[int, int, str], None], seal: Callable[[], None]
+) -> None:
     environment = os.environ | QUIET_ENVIRONMENT | {"FLWR_HOME": str(folder / "flwr-home")}
     with (folder / "federation.log").open("wb") as log:
         child = subprocess.Popen(  # noqa: S603  our own module, our own interpreter
@@ -199,6 +234,8 @@ def _run_child(folder: Path, progress: Callable[[int, int, str], None]) -> None:
             for line in child.stdout or ():
                 if line.startswith("{"):
                     event = json.loads(line)
+                    if event["label"] == "sealing queries":
+                        seal()
                     progress(event["done"], event["of"], event["label"])
             code = child.wait()
         finally:

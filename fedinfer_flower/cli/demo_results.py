@@ -14,6 +14,7 @@ from fedinfer_flower.cli.demo import (
     coordinator_sees,
     is_sum_rule,
 )
+from fedinfer_flower.cli.demo_privacy import privacy_results
 from fedinfer_flower.reporting.intervals import wilson_interval
 from fedinfer_flower.simulation.data import Dataset
 from fedinfer_flower.simulation.evaluation import (
@@ -99,6 +100,7 @@ def results_of(run: DemoRun) -> dict[str, Any]:
         ],
         "by_alpha": _by_alpha(run, central_hits / n),
         "reliability": {"bins": bins, "ece": ece},
+        **privacy_results(run, chosen),
         "examples": _examples(chosen, solo, dataset),
         "warnings": _warnings(run),
     }

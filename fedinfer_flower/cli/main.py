@@ -15,7 +15,11 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from fedinfer_flower.cli.attack import attack
+from fedinfer_flower.cli.budget import budget_app
+from fedinfer_flower.cli.key import key
 from fedinfer_flower.cli.querier import querier_app
+from fedinfer_flower.cli.verify import verify
 from fedinfer_flower.errors import FedInferError
 
 __all__ = ["app", "run"]
@@ -26,6 +30,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(querier_app, name="querier")
+app.add_typer(budget_app, name="budget")
+app.command()(attack)
+app.command()(key)
+app.command()(verify)
 
 
 @app.command()
@@ -34,7 +42,7 @@ def demo(
     sites: Annotated[int, typer.Option(min=1, max=50, help="number of institutions")] = 5,
     alpha: Annotated[float, typer.Option(help="Dirichlet concentration; small = skewed")] = 0.1,
     rule: Annotated[str, typer.Option(help="ensemble rule, or auto")] = "auto",
-    protect: Annotated[str, typer.Option(help="protection of the main answer")] = "he",
+    protect: Annotated[str, typer.Option(help="protection of the main answer")] = "secagg",
     seed: Annotated[int, typer.Option(min=0, help="data split, partition, models")] = 0,
     out: Annotated[Path, typer.Option(help="folder of the report")] = Path("demo-report"),
     as_json: Annotated[bool, typer.Option("--json", help="print the figures as JSON")] = False,

@@ -104,7 +104,7 @@ class Consent:
             if signer not in known and encrypted_for not in known:
                 raise UntrustedKeyError(
                     "this site does not know the querier's key",
-                    hint="give the site the key id that 'fedinfer querier key' prints; a query"
+                    hint="give the site the key id that 'fedinfer key' prints; a query"
                     " in clear has no signature, so ask under seal",
                 )
         if self.peer_key_ids is not None and len(asked.roster):

@@ -17,7 +17,13 @@ from fedinfer_flower.clients.label_space import align_logits
 from fedinfer_flower.clients.local_model import LocalModel
 from fedinfer_flower.clients.model_digest import model_digest
 from fedinfer_flower.ensemble.base import Array, EnsembleRule, Evidence, SiteContext
-from fedinfer_flower.errors import InvalidValueError, ModelAnswerError, ModelError, ShapeError
+from fedinfer_flower.errors import (
+    BudgetExceededError,
+    InvalidValueError,
+    ModelAnswerError,
+    ModelError,
+    ShapeError,
+)
 from fedinfer_flower.query import CountsKind, SiteProfile
 from fedinfer_flower.wire.messages import Question
 
@@ -95,10 +101,20 @@ def checked_logits(adapter: ModelAdapter, inputs: npt.NDArray[np.generic]) -> Ar
     ------
     ModelAnswerError
         If the model returns anything else; the text says what, never the values.
+    BudgetExceededError
+        If a model that keeps a budget of its own has spent it.
     """
     hint = "see the site's own log; are shape and dtype of the inputs right?"
     with contained(ModelAnswerError, "the local model failed on the query", hint=hint):
-        out = adapter.logits(inputs)
+        try:
+            out, spent = adapter.logits(inputs), False
+        except BudgetExceededError:  # its own text may say anything: fixed words leave
+            out, spent = np.empty((0, 0)), True
+    if spent:
+        raise BudgetExceededError(
+            "the local model's privacy budget does not cover the new rows",
+            hint="ask fewer rows, or rows that were answered before",
+        )
     expected = (len(inputs), len(adapter.classes))
     if out.shape != expected:
         raise ModelAnswerError(

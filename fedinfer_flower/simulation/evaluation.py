@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,13 +10,21 @@ import numpy as np
 import numpy.typing as npt
 
 from fedinfer_flower.clients.site_model import SiteModel, prepare
+from fedinfer_flower.privacy.base import Protection
 from fedinfer_flower.query import CountsKind
 from fedinfer_flower.simulation.data import Dataset
 from fedinfer_flower.simulation.institution import KINDS, fit_kind, read_institution
 from fedinfer_flower.simulation.local_grid import LocalGrid
 from fedinfer_flower.strategies import FedEnsemble
 
-__all__ = ["SoloAnswers", "central_bound", "reliability", "rules_in_clear", "solo_answers"]
+__all__ = [
+    "SoloAnswers",
+    "central_bound",
+    "protections_on_local_grid",
+    "reliability",
+    "rules_in_clear",
+    "solo_answers",
+]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -105,6 +114,33 @@ def rules_in_clear(
             prediction = strategy.start(grid, dataset.test_inputs).prediction
             if prediction is not None:
                 hits[rule] = round(prediction.accuracy(dataset.test_labels) * len(prediction))
+    return hits
+
+
+def protections_on_local_grid(
+    folder: Path,
+    dataset: Dataset,
+    n_sites: int,
+    rule: str,
+    protections: Sequence[Protection],
+) -> list[int]:
+    """Return the right answers of a rule under each protection, on an in-process grid."""
+    from fedinfer_flower.simulation.federation import client_app
+
+    hits = []
+    app = client_app(folder, share_counts="counts")
+    with LocalGrid(app, num_supernodes=n_sites) as grid:
+        for protection in protections:
+            strategy = FedEnsemble(
+                rule=rule,
+                protection=protection,
+                min_available_nodes=n_sites,
+                classes=list(dataset.classes),
+                allow_coordinator_key=True,
+            )
+            prediction = strategy.start(grid, dataset.test_inputs).prediction
+            right = 0.0 if prediction is None else prediction.accuracy(dataset.test_labels)
+            hits.append(round(right * len(dataset.test_labels)))
     return hits
 
 

@@ -4,15 +4,17 @@ The querier is the parent process. It leaves jobs in a folder and keeps its keys
 process is the coordinator (and, through Flower's engine, the sites) and never has them.
 
 Run as ``python -m fedinfer_flower.simulation.federation FOLDER``. The folder holds
-``plan.json``, ``<label>.job`` for every step, and ``sites/``; it receives
-``<label>.answer`` and ``<label>.report.json``. Progress goes to standard output, a JSON
-object a line.
+``plan.json`` and ``sites/``. The child writes ``directory.fi``; the parent then leaves
+``<label>.job`` for every step, sealed to the sites of the directory or in clear, and
+``jobs.ready``; the child answers with ``<label>.answer``, ``<label>.report.json`` and
+``<label>.receipt.json``. Progress goes to standard output, a JSON object a line.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,12 +25,13 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
 from fedinfer_flower.clients import InferenceMod
+from fedinfer_flower.errors import QueryError
 from fedinfer_flower.privacy.base import make_protection
 from fedinfer_flower.query import Deadline
 from fedinfer_flower.simulation.engine import run_on_engine
 from fedinfer_flower.simulation.institution import Institution
 from fedinfer_flower.strategies import FedEnsemble
-from fedinfer_flower.wire.documents import QueryJob
+from fedinfer_flower.strategies.handover import read_job, write_whole
 
 __all__ = ["FederationPlan", "Step", "main", "run_steps"]
 
@@ -45,12 +48,15 @@ class Step:
     protection : str
     options : mapping
         Of the protection.
+    sealed : bool
+        Whether only the sites can read the query.
     """
 
     label: str
     rule: str
     protection: str = "plain"
     options: Mapping[str, str | int | float | bool] = field(default_factory=dict)
+    sealed: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +89,7 @@ class FederationPlan:
                     "rule": s.rule,
                     "protection": s.protection,
                     "options": dict(s.options),
+                    "sealed": s.sealed,
                 }
                 for s in self.steps
             ],
@@ -104,20 +111,38 @@ def client_app(folder: Path, *, share_counts: str) -> ClientApp:
 
 
 def run_steps(grid: Grid, folder: Path, plan: FederationPlan) -> None:
-    """Ask every step's job on a grid and write what comes out."""
+    """Publish the directory, ask every step's job on a grid, write what comes out."""
+    directory = _strategy(plan, plan.steps[0]).directory(grid)
+    write_whole(folder / "directory.fi", directory.to_bytes())
+    _tell({"done": 0, "of": len(plan.steps), "label": "sealing queries"})
+    _wait_for(folder / "jobs.ready", timeout_s=plan.timeout_s)
     for number, step in enumerate(plan.steps):
-        strategy = FedEnsemble(
-            rule=step.rule,
-            protection=make_protection(step.protection, step.options),
-            deadline=Deadline(timeout_s=plan.timeout_s),
-            min_available_nodes=plan.n_sites,
-        )
-        job = QueryJob.from_bytes((folder / f"{step.label}.job").read_bytes())
-        result = strategy.start(grid, job)
+        job = read_job((folder / f"{step.label}.job").read_bytes())
+        result = _strategy(plan, step).start(grid, job)
         (folder / f"{step.label}.answer").write_bytes(result.combined.to_bytes())
+        if result.receipt is not None:
+            (folder / f"{step.label}.receipt.json").write_bytes(result.receipt.to_bytes())
         report = json.dumps(result.to_dict())
         (folder / f"{step.label}.report.json").write_text(report)
         _tell({"done": number + 1, "of": len(plan.steps), "label": step.label})
+
+
+def _strategy(plan: FederationPlan, step: Step) -> FedEnsemble:
+    return FedEnsemble(
+        # The querier picks the rule of a sealed job.
+        rule="auto" if step.sealed else step.rule,
+        protection=make_protection(step.protection, step.options),
+        deadline=Deadline(timeout_s=plan.timeout_s),
+        min_available_nodes=plan.n_sites,
+    )
+
+
+def _wait_for(path: Path, *, timeout_s: float) -> None:
+    end = time.monotonic() + timeout_s
+    while not path.exists():
+        if time.monotonic() > end:
+            raise QueryError(f"{path.name} did not appear within {timeout_s:g} s")
+        time.sleep(0.05)
 
 
 def main(folder: Path) -> None:

@@ -3,7 +3,7 @@
 A pin file is TOML::
 
     [sites]
-    hospital-a = "9f8e..."      # 64 hex digits, printed by `fedinfer keys show`
+    hospital-a = "9f8e..."      # 64 hex digits, as `fedinfer key` prints
 
     [queriers]
     registry = "01ab..."
