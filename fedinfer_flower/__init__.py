@@ -14,37 +14,54 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fedinfer_flower.clients import InferenceMod, LocalModel, inference
     from fedinfer_flower.errors import FedInferError
+    from fedinfer_flower.privacy.site_budget import BudgetPolicy
     from fedinfer_flower.querier import Querier
     from fedinfer_flower.query import Deadline, Prediction
     from fedinfer_flower.strategies import FedEnsemble, InferenceResult, InferenceStrategy
+    from fedinfer_flower.strategies.handover import Handover
+    from fedinfer_flower.wire.directory import Directory
+    from fedinfer_flower.wire.identity import Identity
+    from fedinfer_flower.wire.pins import Pins, read_pins
 
 __version__ = "0.1.0"
 
 _HOMES = {
+    "BudgetPolicy": "fedinfer_flower.privacy.site_budget",
     "Deadline": "fedinfer_flower.query",
+    "Directory": "fedinfer_flower.wire.directory",
     "FedEnsemble": "fedinfer_flower.strategies",
     "FedInferError": "fedinfer_flower.errors",
+    "Handover": "fedinfer_flower.strategies.handover",
+    "Identity": "fedinfer_flower.wire.identity",
     "InferenceMod": "fedinfer_flower.clients",
     "InferenceResult": "fedinfer_flower.strategies",
     "InferenceStrategy": "fedinfer_flower.strategies",
     "LocalModel": "fedinfer_flower.clients",
+    "Pins": "fedinfer_flower.wire.pins",
     "Prediction": "fedinfer_flower.query",
     "Querier": "fedinfer_flower.querier",
     "inference": "fedinfer_flower.clients",
+    "read_pins": "fedinfer_flower.wire.pins",
 }
 
 __all__ = [
+    "BudgetPolicy",
     "Deadline",
+    "Directory",
     "FedEnsemble",
     "FedInferError",
+    "Handover",
+    "Identity",
     "InferenceMod",
     "InferenceResult",
     "InferenceStrategy",
     "LocalModel",
+    "Pins",
     "Prediction",
     "Querier",
     "__version__",
     "inference",
+    "read_pins",
 ]
 
 

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
 
 from fedinfer_flower.errors import ProtectionRefusedError, UntrustedKeyError
 from fedinfer_flower.privacy.base import Protection, ScorePlan
 from fedinfer_flower.wire.messages import Question
+from fedinfer_flower.wire.pins import read_pins
 
 __all__ = ["Consent"]
+
+_PINS: Final = "pins.toml"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +49,23 @@ class Consent:
     peer_key_ids: frozenset[str] | None = field(default=None)
     require_seal: bool = False
     max_epsilon_per_query: float | None = None
+
+    def with_pins_of(self, folder: Path) -> Consent:
+        """Return this consent with the key ids of the folder's pin file, if it has one.
+
+        In simulation, where partitions have folders in one home, that home's serves all.
+        Key ids that were given in code stay.
+        """
+        files = [path for path in (folder / _PINS, folder.parent / _PINS) if path.exists()]
+        if not files:
+            return self
+        pins = read_pins(files[0])
+        queriers, peers = self.querier_key_ids, self.peer_key_ids
+        if queriers is None and pins.queriers:
+            queriers = frozenset(pins.queriers.values())
+        if peers is None and pins.sites:
+            peers = frozenset(pins.sites.values())
+        return dataclasses.replace(self, querier_key_ids=queriers, peer_key_ids=peers)
 
     def check(
         self,

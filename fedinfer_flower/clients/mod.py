@@ -72,11 +72,13 @@ class InferenceMod:
         Refuse queries that the coordinator could read, or make up.
     max_epsilon_per_query : float, optional
         Refuse noise of a larger epsilon for one query row.
-    home : path, optional
+    home : path or callable, optional
         Folder in which the site keeps its keys, the query ids it used, what it drew and
-        what it spent; default ``fedinfer-home`` in the node config. Without one, keys and
-        query ids live as long as a run, and nothing else is remembered. In simulation each
-        partition has a folder of its own in it.
+        what it spent, or a function from Context to it; default ``fedinfer-home`` in the
+        node config. Without one, keys and query ids live as long as a run, and nothing
+        else is remembered. In simulation each partition has a folder of its own in it. A
+        ``pins.toml`` in the folder names the queriers that the site answers and the other
+        sites that it knows, unless `querier_key_ids` or `peer_key_ids` do.
     budget : BudgetPolicy, optional
         Caps on the privacy that the site spends; needs `home`.
     receipts : bool
@@ -118,7 +120,7 @@ class InferenceMod:
         peer_key_ids: Collection[str] | None = None,
         require_seal: bool = False,
         max_epsilon_per_query: float | None = None,
-        home: str | Path | None = None,
+        home: str | Path | Callable[[Context], str | Path] | None = None,
         budget: BudgetPolicy | None = None,
         receipts: bool = True,
         limits: WireLimits = DEFAULT_LIMITS,
@@ -150,7 +152,7 @@ class InferenceMod:
             require_seal=require_seal,
             max_epsilon_per_query=max_epsilon_per_query,
         )
-        self._home = None if home is None else Path(home)
+        self._home = home
         self._budget = budget
         self._receipts = receipts
         self._limits = limits
@@ -240,7 +242,7 @@ class InferenceMod:
         ):
             now_s = time.time()
             answer = answer_question(
-                model, asked, self._consent, memory, sealed=sealed, now_s=now_s
+                model, asked, self._agreed(context), memory, sealed=sealed, now_s=now_s
             )
             statement = b""
             if self._receipts and len(asked.roster):
@@ -265,18 +267,27 @@ class InferenceMod:
         )
 
     def _memory(self, context: Context) -> SiteMemory:
-        home = self._home or context.node_config.get("fedinfer-home")
-        if home is None:
-            if self._budget is not None:
-                raise ConfigError(
-                    "a privacy budget needs a folder that outlives the process",
-                    hint="InferenceMod(..., home=...), or fedinfer-home in the node config",
-                )
-            return ContextMemory(context)
-        folder = Path(str(home))
-        if "partition-id" in context.node_config:
-            folder = folder / f"partition-{context.node_config['partition-id']}"
-        return HomeMemory(folder, self._budget)
+        folder = self._folder(context)
+        if folder is not None:
+            return HomeMemory(folder, self._budget)
+        if self._budget is not None:
+            raise ConfigError(
+                "a privacy budget needs a folder that outlives the process",
+                hint="InferenceMod(..., home=...), or fedinfer-home in the node config",
+            )
+        return ContextMemory(context)
+
+    def _folder(self, context: Context) -> Path | None:
+        given = self._home(context) if callable(self._home) else self._home
+        home = str(given or context.node_config.get("fedinfer-home") or "")
+        if not home:
+            return None
+        partition = context.node_config.get("partition-id")
+        return Path(home) / ("" if partition is None else f"partition-{partition}")
+
+    def _agreed(self, context: Context) -> Consent:
+        folder = self._folder(context)
+        return self._consent if folder is None else self._consent.with_pins_of(folder)
 
     def _model(self, context: Context) -> SiteModel:
         partition = str(context.node_config.get("partition-id", context.node_id))
