@@ -97,7 +97,8 @@ def test_heavy_modules_are_imported_where_they_are_used(name):
 ALLOWED = {
     "errors": set(),
     "registry": {"errors"},
-    "query": {"errors"},
+    "profile": {"errors"},
+    "query": {"errors", "profile"},
     "ensemble": {"errors", "registry", "query"},
     "privacy": {"errors", "registry", "query", "ensemble", "wire"},
     "wire": {"errors", "registry", "query"},

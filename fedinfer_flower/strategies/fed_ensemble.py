@@ -15,16 +15,12 @@ from flwr.serverapp import Grid
 
 from fedinfer_flower.ensemble.base import EnsembleRule, make_rule
 from fedinfer_flower.errors import (
-    BindingError,
     ConfigError,
     FedInferError,
     InvalidValueError,
-    KeyAtCoordinatorError,
 )
-from fedinfer_flower.planning.label_space import shared_classes
-from fedinfer_flower.planning.question import choose_rule, question_template, with_batch
-from fedinfer_flower.privacy.base import Protection, key_id_of, make_protection
-from fedinfer_flower.privacy.key_presence import secret_in_process
+from fedinfer_flower.planning.question import with_batch
+from fedinfer_flower.privacy.base import Protection, make_protection
 from fedinfer_flower.privacy.legality import require_legal
 from fedinfer_flower.query import Deadline, QueryReport
 from fedinfer_flower.receipts.statement import SignedStatement
@@ -32,7 +28,8 @@ from fedinfer_flower.strategies.base import InferenceStrategy, Progress
 from fedinfer_flower.strategies.cohort import choose_cohort
 from fedinfer_flower.strategies.config import InferConfig
 from fedinfer_flower.strategies.onboarding import Onboarding, onboard, wait_for_nodes
-from fedinfer_flower.strategies.opening import job_for, open_here
+from fedinfer_flower.strategies.opening import job_for, open_here, secret_is_here
+from fedinfer_flower.strategies.preparing import Prepared, prepare_job
 from fedinfer_flower.strategies.pull_loop import Arrival, stream_replies
 from fedinfer_flower.strategies.query_round import QueryRound
 from fedinfer_flower.strategies.recovery_rounds import ANSWER_SHARE, recover
@@ -40,9 +37,6 @@ from fedinfer_flower.strategies.result import InferenceResult
 from fedinfer_flower.strategies.sealed import (
     batches_of,
     n_queries_of,
-    sealed_rule,
-    sealed_template,
-    seated,
 )
 from fedinfer_flower.strategies.settling import receipt_of
 from fedinfer_flower.wire import messages
@@ -50,9 +44,7 @@ from fedinfer_flower.wire.actions import PREDICT, message_type
 from fedinfer_flower.wire.directory import Directory, SiteCard
 from fedinfer_flower.wire.documents import CombinedAnswer, CombinedBatch, QueryJob
 from fedinfer_flower.wire.envelope import DEFAULT_LIMITS, WireLimits
-from fedinfer_flower.wire.messages import Question
 from fedinfer_flower.wire.records import pack
-from fedinfer_flower.wire.roster import Roster
 from fedinfer_flower.wire.sealed_job import SealedBatch, SealedJob
 from fedinfer_flower.wire.sealed_query import sealed_query_envelope
 
@@ -151,11 +143,10 @@ class FedEnsemble(InferenceStrategy):
         self.allow_coordinator_key = allow_coordinator_key
         self.limits = limits
         self._run_id = 0
-        self._picked: tuple[EnsembleRule, str] | None = None
         self._cards: dict[int, SiteCard] = {}
         self._failures: dict[int, FedInferError] = {}
         self._onboarded: Onboarding | None = None
-        self._template: Question | None = None
+        self._prepared: Prepared | None = None
         self._round: QueryRound | None = None
         self._statements: list[SignedStatement] = []
         self._request_bytes = 0
@@ -221,32 +212,33 @@ class FedEnsemble(InferenceStrategy):
 
         All share one content, which Flower uploads once.
         """
-        if self._template is None or self._picked is None:
+        if self._prepared is None:
             raise ConfigError("configure_query before start: the sites are not onboarded")
+        prepared = self._prepared
         if isinstance(inputs, SealedBatch):
-            asked = dataclasses.replace(self._template, query_id=query_id)
+            asked = dataclasses.replace(prepared.template, query_id=query_id)
             n_queries = inputs.n_queries
             envelope = sealed_query_envelope(inputs.sealed, query_id=query_id, run_id=self._run_id)
         else:
-            asked = with_batch(self._template, query_id, inputs)
+            asked = with_batch(prepared.template, query_id, inputs)
             n_queries = asked.n_queries
             envelope = messages.question(asked, run_id=self._run_id)
         self._round = QueryRound(
             asked=asked,
             n_queries=n_queries,
             run_id=self._run_id,
-            rule=self._picked[0],
-            rule_reason=self._picked[1],
+            rule=prepared.rule,
+            rule_reason=prepared.reason,
             protection=self.protection,
-            cards=self._cards,
-            failures=self._failures,
+            cards=prepared.cards,
+            failures=prepared.failures,
             limits=self.limits,
         )
         self._request_bytes = sum(len(data) for _, data in envelope.sections)
         content, ttl = pack(envelope), self.deadline.timeout_s
         return [
             Message(content, node_id, message_type(PREDICT), ttl=ttl, group_id=query_id)
-            for node_id in self._cards
+            for node_id in prepared.cards
         ]
 
     def accumulate(self, arrival: Arrival) -> None:
@@ -298,30 +290,21 @@ class FedEnsemble(InferenceStrategy):
             If too few sites are there or answer.
         """
         job, querier = job_for(queries, self)
-        self._key_here = self._secret_is_here(job)
+        self._key_here = secret_is_here(job, self.protection, allowed=self.allow_coordinator_key)
         log.info("%s", self.summary())
         run_id = _run_id(grid)
         if self._onboarded is None or self._run_id != run_id:
             self.configure_onboarding(grid, run_id)
         onboarding, self._onboarded = self._onboarded, None
-        if isinstance(job, SealedJob):
-            self._cards, missing = seated(job, self._cards, run_id=run_id)
-            self._failures = missing
-            self._picked = sealed_rule(job, self.rule)
-            self._template = sealed_template(job)
-        else:
-            profiles = {n: card.profile for n, card in self._cards.items()}
-            self._picked = choose_rule(self.rule, self.protection, profiles)
-            self._template = question_template(
-                inputs=job.inputs,
-                rule=self._picked[0],
-                protection=self.protection,
-                profiles=profiles,
-                classes=job.classes or self.classes or shared_classes(profiles),
-                public_key=job.public_key,
-                key_id=job.key_id,
-                roster=Roster(tuple(card.seat for card in self._cards.values())),
-            )
+        prepared = self._prepared = prepare_job(
+            job,
+            rule=self.rule,
+            protection=self.protection,
+            classes=self.classes,
+            cards=self._cards,
+            failures=self._failures,
+            run_id=run_id,
+        )
         self._statements = []
         batches: list[CombinedBatch] = []
         reports: list[QueryReport] = []
@@ -333,25 +316,28 @@ class FedEnsemble(InferenceStrategy):
                 progress(sum(b.n_queries for b in batches), n_queries_of(job))
         combined = CombinedAnswer(
             job_id=job.job_id,
-            rule=self._picked[0].name,
+            rule=prepared.rule.name,
             protection=self.protection.name,
-            rule_options=self._picked[0].options(),
+            rule_options=prepared.rule.options(),
             protection_options=self.protection.options(),
-            classes=self._template.classes,
-            n_sites_asked=self._template.n_sites,
+            classes=prepared.template.classes,
+            n_sites_asked=prepared.template.n_sites,
             key_id=job.key_id,
             batches=tuple(batches),
-            roster=self._template.roster,
-            relayed=self._template.relay,
+            roster=prepared.template.roster,
+            relayed=prepared.template.relay,
         )
         result = InferenceResult(
             combined=combined,
             reports=tuple(reports),
-            profiles={n: card.profile for n, card in self._cards.items()},
+            profiles={n: card.profile for n, card in prepared.cards.items()},
             prediction=open_here(querier, combined),
             onboarding_s=0.0 if onboarding is None else onboarding.seconds,
             receipt=receipt_of(
-                self._statements, tuple(reports), self._cards, key_at_coordinator=self._key_here
+                self._statements,
+                tuple(reports),
+                prepared.cards,
+                key_at_coordinator=self._key_here,
             ),
         )
         log.info("%s", result.summary())
@@ -385,33 +371,18 @@ class FedEnsemble(InferenceStrategy):
         timeout_s = self.deadline.timeout_s
         # Masks of sites that drop out take further rounds, which end by the same deadline.
         first_s = ANSWER_SHARE * timeout_s if self.protection.needs_roster else timeout_s
-        seconds = 0.0
+        waited = 0.0
         for arrival in stream_replies(
             grid, out, timeout_s=first_s, reply_bytes=current.reply_bytes
         ):
             self.accumulate(arrival)
-            seconds = arrival.seconds
-        waited = seconds if current.complete else first_s
+            waited = arrival.seconds
+        if not current.complete:
+            waited = first_s
         current.require_answers(seconds=waited, quorum=self.deadline.quorum)
-        recover(grid, current, run_id=self._run_id, start=start, timeout_s=timeout_s)
-        if not current.complete or self.protection.needs_roster:
+        if recover(grid, current, run_id=self._run_id, start=start, timeout_s=timeout_s):
             waited = time.monotonic() - start
         return self.aggregate_query(waited)
-
-    def _secret_is_here(self, job: QueryJob | SealedJob) -> bool:
-        if not self.protection.needs_key:
-            return False
-        if not job.key_id or key_id_of(job.public_key) != job.key_id:
-            raise BindingError("the job's public key is not the one that its key id names")
-        here = secret_in_process(job.key_id)
-        if here and not self.allow_coordinator_key:
-            raise KeyAtCoordinatorError(
-                f"the secret key for {self.protection.name!r} is in the coordinator's process:"
-                " it could read every site's answer",
-                hint="make the job with a Querier in another process ('fedinfer querier ask'),"
-                " use protection 'dp', or accept it: allow_coordinator_key=True",
-            )
-        return here
 
     def _open_round(self) -> QueryRound:
         if self._round is None:

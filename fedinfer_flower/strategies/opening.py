@@ -13,6 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 from fedinfer_flower.errors import BindingError, InvalidValueError, KeyAtCoordinatorError
+from fedinfer_flower.privacy.base import Protection, key_id_of
+from fedinfer_flower.privacy.key_presence import secret_in_process
 from fedinfer_flower.querier.querier import Querier
 from fedinfer_flower.query import Prediction
 from fedinfer_flower.wire.documents import CombinedAnswer, QueryJob
@@ -21,7 +23,7 @@ from fedinfer_flower.wire.sealed_job import SealedJob
 if TYPE_CHECKING:
     from fedinfer_flower.strategies.fed_ensemble import FedEnsemble
 
-__all__ = ["job_for", "open_here"]
+__all__ = ["job_for", "open_here", "secret_is_here"]
 
 
 def job_for(
@@ -71,3 +73,26 @@ def job_for(
 def open_here(querier: Querier | None, combined: CombinedAnswer) -> Prediction | None:
     """Open a combined answer if this process asked for it."""
     return None if querier is None else querier.open(combined)
+
+
+def secret_is_here(job: QueryJob | SealedJob, protection: Protection, *, allowed: bool) -> bool:
+    """Return whether the secret key that opens a job's answers is in this process.
+
+    Raises
+    ------
+    KeyAtCoordinatorError
+        If it is, and was not allowed to be.
+    """
+    if not protection.needs_key:
+        return False
+    if not job.key_id or key_id_of(job.public_key) != job.key_id:
+        raise BindingError("the job's public key is not the one that its key id names")
+    here = secret_in_process(job.key_id)
+    if here and not allowed:
+        raise KeyAtCoordinatorError(
+            f"the secret key for {protection.name!r} is in the coordinator's process:"
+            " it could read every site's answer",
+            hint="make the job with a Querier in another process ('fedinfer querier ask'),"
+            " use protection 'secagg' or 'dp', or accept it: allow_coordinator_key=True",
+        )
+    return here

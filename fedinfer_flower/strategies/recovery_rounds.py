@@ -24,8 +24,8 @@ _LEAST_S: Final = 0.05
 
 def recover(
     grid: Grid, current: QueryRound, *, run_id: int, start: float, timeout_s: float
-) -> None:
-    """Ask survivors until the sum can be opened; nothing to do where nobody is missing.
+) -> bool:
+    """Ask survivors until the sum can be opened; return whether there was anything to ask.
 
     Parameters
     ----------
@@ -37,7 +37,9 @@ def recover(
     RecoveryError
         If the survivors' help does not suffice.
     """
+    asked = False
     while calls := current.recovery_calls():
+        asked = True
         left_s = max(timeout_s - (time.monotonic() - start), _LEAST_S)
         asks = [
             Message(
@@ -51,3 +53,4 @@ def recover(
         ]
         for arrival in stream_replies(grid, asks, timeout_s=left_s):
             current.accumulate_recovery(arrival)
+    return asked

@@ -161,3 +161,24 @@ def test_existing_project_trains_as_before_then_answers(simulation: Path) -> Non
     assert "trained rounds: 3" in output
     accuracy = float(output.split("joint accuracy: ")[1].split()[0])
     assert accuracy > 0.9
+
+
+def test_private_queries_sealed_receipts_and_a_budget_that_runs_out(
+    simulation: Path, tmp_path: Path
+) -> None:
+    example = EXAMPLES / "private-queries"
+    done = subprocess.run(
+        [sys.executable, "walkthrough.py", "here"],
+        cwd=example,
+        env=environment(simulation) | {"PYTHONPATH": str(example), "TMPDIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
+
+    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+    assert "3. receipt of 10 clinics: verified" in done.stdout
+    assert "4. the same queries again: the same noise, nothing charged" in done.stdout
+    assert "5. 40 new queries: refused, FI315" in done.stdout
+    # 20 rows of epsilon 4 under delta 1e-5 compose to 25.5; the refused ones cost nothing.
+    assert "6. clinic 0 has spent epsilon 25.5 of 30" in done.stdout
