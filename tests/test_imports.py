@@ -19,7 +19,10 @@ PACKAGE = Path(fedinfer_flower.__file__).parent
 ROOT = PACKAGE.parent
 MODULES = sorted(PACKAGE.rglob("*.py"))
 NAMES = [str(path.relative_to(PACKAGE)) for path in MODULES]
-HEAVY = ("torch", "tenseal", "sklearn", "matplotlib", "ray", "scipy", "datasets", "flwr_datasets")
+HEAVY = (
+    *("torch", "tenseal", "sklearn", "matplotlib", "ray", "scipy", "datasets", "flwr_datasets"),
+    *("opacus", "spu", "jax"),
+)
 ERRORS_PAGE = ROOT / "docs" / "reference" / "errors.md"
 
 
@@ -103,6 +106,9 @@ ALLOWED = {
     "privacy": {"errors", "registry", "query", "ensemble", "wire"},
     "wire": {"errors", "registry", "query"},
     "receipts": {"errors", "privacy", "wire"},
+    "attacks": {"errors", "registry", "query", "ensemble", "privacy", "wire", "clients"},
+    "training": {"errors", "privacy"},
+    "split": {"errors", "query", "ensemble", "privacy", "querier", "wire"},
     "planning": {"errors", "registry", "query", "ensemble", "privacy", "wire"},
     "clients": {"errors", "registry", "query", "ensemble", "privacy", "wire", "receipts"},
     "querier": {"errors", "registry", "query", "ensemble", "privacy", "wire", "planning"},

@@ -62,8 +62,9 @@ class Familiarity:
     Everything nearer than d0 scores exactly 1, a training example and its near
     neighbours alike. That does not hide an isolated example: a tenth of the training
     rows lie further than d0 from all others, and a query equal to one of them scores 1
-    only because it is there. Whoever sees single scores can test membership of those:
-    the coordinator under `plain`, coordinator and querier together under `he`.
+    only because it is there. Whoever sees single scores can test membership of those.
+    A sum does not hide it: a record that is strange to every site but one makes the sum as
+    long as 1, though not by whom. Only `dp`, `secagg+dp` and `he+dp` bound it.
     """
 
     reference: npt.NDArray[np.float64]

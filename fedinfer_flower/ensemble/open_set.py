@@ -47,8 +47,9 @@ class OpenSet(EnsembleRule):
 
     Privacy
     -------
-    Needs the sum only. Under `he` nobody learns which site was familiar with a query;
-    under `plain` the coordinator sees it in the length of the site's score.
+    Needs the sum only. Under `he` and `secagg` nobody learns which site was familiar with a
+    query, but the querier sees in the length of the sum that some site was: whether a record
+    that is strange to all others was in somebody's training data. Noise bounds that.
 
     Examples
     --------

@@ -44,7 +44,8 @@ class DP(Protection):
     mechanism : str
         ``"gaussian"``: Gaussian noise on probabilities or other bounded scores.
         ``"randomised-response"``: the site's label, or by chance another one; for rules
-        that vote, and better than Gaussian noise on votes.
+        that vote, and more accurate than Gaussian noise on votes. It uses its epsilon to
+        the full: an attacker gets all that the promise allows.
     epsilon : float
         Privacy of one row of one site's answer, in (0, 64]. **A site's total grows with
         every row that it answers**; see `total_epsilon_delta`.

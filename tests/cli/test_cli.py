@@ -74,7 +74,17 @@ def test_doctor_here_finds_all_extras(tmp_path: Path) -> None:
 
 def test_querier_ask_existing_key_file_keeps_job_and_key(tmp_path: Path) -> None:
     np.save(tmp_path / "x.npy", np.zeros((3, 4)))
-    words = ("querier", "ask", "--inputs", "x.npy", "--secret", "me.key", "--job", "job.fi")
+    words = (
+        "querier",
+        "ask",
+        "--clear",
+        "--inputs",
+        "x.npy",
+        "--secret",
+        "me.key",
+        "--job",
+        "job.fi",
+    )
     assert fedinfer(*words, cwd=tmp_path).returncode == 0
     job, key = (tmp_path / "job.fi").read_bytes(), (tmp_path / "me.key").read_bytes()
 
@@ -89,8 +99,18 @@ def test_querier_ask_existing_key_file_keeps_job_and_key(tmp_path: Path) -> None
 
 def test_querier_ask_reuse_keeps_the_key_id(tmp_path: Path) -> None:
     np.save(tmp_path / "x.npy", np.zeros((3, 4)))
-    first = ("querier", "ask", "--inputs", "x.npy", "--secret", "a.key", "--job", "a.fi")
-    second = ("querier", "ask", "--inputs", "x.npy", "--secret", "b.key", "--job", "b.fi")
+    first = ("querier", "ask", "--clear", "--inputs", "x.npy", "--secret", "a.key", "--job", "a.fi")
+    second = (
+        "querier",
+        "ask",
+        "--clear",
+        "--inputs",
+        "x.npy",
+        "--secret",
+        "b.key",
+        "--job",
+        "b.fi",
+    )
 
     one = fedinfer(*first, cwd=tmp_path).stdout.split("key id ")[1]
     two = fedinfer(*second, "--reuse", "a.key", cwd=tmp_path).stdout.split("key id ")[1]
@@ -100,7 +120,17 @@ def test_querier_ask_reuse_keeps_the_key_id(tmp_path: Path) -> None:
 
 def test_querier_open_foreign_answer_ends_with_typed_error(tmp_path: Path) -> None:
     np.save(tmp_path / "x.npy", np.zeros((3, 4)))
-    words = ("querier", "ask", "--inputs", "x.npy", "--secret", "me.key", "--job", "job.fi")
+    words = (
+        "querier",
+        "ask",
+        "--clear",
+        "--inputs",
+        "x.npy",
+        "--secret",
+        "me.key",
+        "--job",
+        "job.fi",
+    )
     fedinfer(*words, cwd=tmp_path)
     (tmp_path / "answer.fi").write_bytes(b"FIEV" + bytes(40))
 

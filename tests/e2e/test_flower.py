@@ -130,6 +130,7 @@ def test_quickstart_under_he_querier_outside_opens_what_plain_gives(
     job, key, answer = (tmp_path / name for name in ("job.fi", "me.key", "answer.fi"))
     fedinfer = [str(BIN / "fedinfer"), "querier"]
     ask = ["ask", "--inputs", str(tmp_path / "x.npy"), "--job", str(job), "--secret", str(key)]
+    ask += ["--clear"]
     subprocess.run([*fedinfer, *ask], check=True, env=environment(tmp_path))
 
     config = 'fedinfer.protection="he" fedinfer.min-available-nodes=3'
