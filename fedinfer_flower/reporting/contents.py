@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
+import math
 import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from fedinfer_flower.errors import InvalidValueError
+from fedinfer_flower.reporting.formats import number
 
-__all__ = ["FEDSEI_MARK", "KEYS", "Row", "chosen_protection", "chosen_row", "clean", "summary_rows"]
+__all__ = [
+    "FEDSEI_MARK",
+    "KEYS",
+    "MeterReading",
+    "Row",
+    "chosen_protection",
+    "chosen_row",
+    "clean",
+    "epsilons_of",
+    "learning_groups",
+    "meter_reading",
+    "points_by_protection",
+    "summary_rows",
+]
 
 FEDSEI_MARK = "†"
 
@@ -19,11 +34,14 @@ KEYS = frozenset(
         *("versions", "seconds_total", "rule", "rule_reason", "protection", "sites"),
         *("best_site", "mean_site", "central", "rules", "protections", "by_alpha"),
         *("reliability", "examples", "warnings"),
+        *("by_epsilon", "epsilon_reference", "epsilon_meter", "who_learns", "sealed"),
     }
 )
 
 # They reverse the reading order of whatever follows them, in a page and in a terminal.
 _BIDI_CONTROLS = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+
+_ABOUT = {"answer": "one site's answer", "query": "the query"}
 
 Group = Literal["site", "baseline", "rule", "joint", "bound"]
 
@@ -179,3 +197,113 @@ def chosen_row(results: Mapping[str, Any]) -> Row | None:
     chosen = [row for row in summary_rows(results) if row.chosen]
     joint = [row for row in chosen if row.group == "joint"]
     return next(iter(joint or chosen), None)
+
+
+def points_by_protection(results: Mapping[str, Any]) -> dict[str, dict[float, Mapping[str, Any]]]:
+    """Return the accuracies of `by_epsilon`: protection to epsilon to point, in order."""
+    lines: dict[str, dict[float, Mapping[str, Any]]] = {}
+    for point in results["by_epsilon"]:
+        lines.setdefault(point["protection"], {})[number(point["epsilon"])] = point
+    return lines
+
+
+def epsilons_of(results: Mapping[str, Any]) -> list[float]:
+    """Return every epsilon of `by_epsilon` once, the smallest first."""
+    return sorted({number(point["epsilon"]) for point in results["by_epsilon"]})
+
+
+def learning_groups(results: Mapping[str, Any]) -> list[tuple[str, list[Mapping[str, Any]]]]:
+    """Return the lines of `who_learns` by what they are about, named for people."""
+    groups: dict[str, list[Mapping[str, Any]]] = {}
+    for line in results["who_learns"]:
+        groups.setdefault(_ABOUT.get(line["about"], line["about"]), []).append(line)
+    return list(groups.items())
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeterReading:
+    """What one site has spent of a cap after so many distinct queries.
+
+    Parameters
+    ----------
+    queries : int
+        Distinct rows answered.
+    epsilon : float
+        Spent on them.
+    cap : float, optional
+        None where there is none.
+    covered, not_covered : int, optional
+        Most queries of the results that fit under the cap, fewest that do not; None where
+        there is no such point.
+
+    Examples
+    --------
+    >>> over = MeterReading(queries=9, epsilon=8.0, cap=2.0, covered=1, not_covered=9)
+    >>> over.is_over, over.filled, over.cap_at
+    (True, 1.0, 0.25)
+    """
+
+    queries: int
+    epsilon: float
+    cap: float | None
+    covered: int | None
+    not_covered: int | None
+
+    @property
+    def is_over(self) -> bool:
+        """Whether more than the cap is spent."""
+        return self.cap is not None and self.epsilon > self.cap
+
+    @property
+    def filled(self) -> float:
+        """Part of the bar, in [0, 1], that is spent. The bar ends at the larger of the two."""
+        return self._part(self.epsilon)
+
+    @property
+    def cap_at(self) -> float:
+        """Place of the cap on the bar, in [0, 1]."""
+        return self._part(number(self.cap))
+
+    def _part(self, value: float) -> float:
+        whole = max(self.epsilon, number(self.cap))
+        if value >= whole:
+            return 1.0 if whole > 0 else 0.0
+        return value / whole
+
+
+def meter_reading(results: Mapping[str, Any]) -> MeterReading | None:
+    """Read the epsilon meter at the queries of the run.
+
+    Parameters
+    ----------
+    results : mapping
+        Cleaned results.
+
+    Returns
+    -------
+    reading : MeterReading, optional
+        At the last point that has no more queries than the run, else at the first. None
+        where nothing was measured.
+    """
+    meter = results["epsilon_meter"]
+    points = sorted(
+        (
+            (int(point["queries"]), number(point["epsilon"]))
+            for point in (meter["points"] if meter else ())
+        ),
+    )
+    points = [point for point in points if not math.isnan(point[1])]
+    if not points:
+        return None
+    asked = [point for point in points if point[0] <= results["n_queries"]]
+    queries, epsilon = asked[-1] if asked else points[0]
+    cap = None if meter["cap"] is None else float(meter["cap"])
+    fits = [] if cap is None else [n for n, spent in points if spent <= cap]
+    over = [] if cap is None else [n for n, spent in points if spent > cap]
+    return MeterReading(
+        queries=queries,
+        epsilon=epsilon,
+        cap=cap,
+        covered=max(fits, default=None),
+        not_covered=min(over, default=None),
+    )

@@ -7,9 +7,22 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedinfer_flower.reporting import formats, plots
-from fedinfer_flower.reporting.answer import LIMITS, answer_sentences, visibility_sentences
-from fedinfer_flower.reporting.contents import FEDSEI_MARK, clean, summary_rows
+from fedinfer_flower.reporting import formats, plots, privacy_plots
+from fedinfer_flower.reporting.answer import (
+    answer_sentences,
+    limit_sentences,
+    meter_sentences,
+    visibility_sentences,
+)
+from fedinfer_flower.reporting.contents import (
+    FEDSEI_MARK,
+    clean,
+    epsilons_of,
+    learning_groups,
+    meter_reading,
+    points_by_protection,
+    summary_rows,
+)
 from fedinfer_flower.reporting.extra import import_extra
 from fedinfer_flower.reporting.svg import render_svg
 
@@ -47,6 +60,8 @@ def _figures(results: Mapping[str, Any]) -> dict[str, str]:
         "classes": (plots.class_plot, bool(results["sites"] and results["classes"])),
         "alpha": (plots.alpha_plot, bool(results["by_alpha"])),
         "cost": (plots.cost_plot, bool(results["protections"])),
+        "epsilon": (privacy_plots.epsilon_plot, bool(privacy_plots.epsilon_lines(results))),
+        "meter": (privacy_plots.meter_plot, bool(privacy_plots.meter_line(results))),
         "reliability": (plots.reliability_plot, bool(results["reliability"]["bins"])),
     }
     return {name: render_svg(plot, results) for name, (plot, drawn) in wanted.items() if drawn}
@@ -95,7 +110,13 @@ def write_report(results: Mapping[str, Any], path: Path) -> Path:
         rows=summary_rows(results),
         answer=answer_sentences(results),
         visibility=visibility_sentences(results),
-        limits=markup(LIMITS),
+        limits=markup(" ".join(limit_sentences(results))),
+        learning=learning_groups(results),
+        epsilons=epsilons_of(results),
+        epsilon_points=points_by_protection(results),
+        epsilon_lines=privacy_plots.epsilon_lines(results),
+        meter=meter_reading(results),
+        meter_words=meter_sentences(results),
         figures={name: markup(svg) for name, svg in _figures(results).items()},
         alpha_rules=_alpha_rules(results),
         plotted_rules=plots.plotted_rules(results),

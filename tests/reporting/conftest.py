@@ -5,6 +5,10 @@ import pytest
 
 from fedinfer_flower.reporting import write_report
 
+# Accountant().epsilon(Charge.gaussian(mu_for(0.5, 1e-6), n), 1e-6), to two decimals.
+SPENT = {1: 0.5, 2: 0.72, 5: 1.19, 10: 1.73, 20: 2.53, 50: 4.21, 100: 6.26, 200: 9.4, 500: 16.46}
+SPENT[1000] = 25.7
+
 CLASSES = [str(digit) for digit in range(10)]
 
 
@@ -71,6 +75,10 @@ def example(truth, joint, pixels):
     }
 
 
+def epsilon_point(protection, epsilon, accuracy):
+    return {"protection": protection, "epsilon": epsilon, **interval(accuracy)}
+
+
 FULL = {
     "title": "Five sites read digits together",
     "dataset": "digits",
@@ -114,6 +122,25 @@ FULL = {
         example("3", "3", [[(x + y) / 14 for x in range(8)] for y in range(8)]),
         example("4", "9", None),
     ],
+    "by_epsilon": [
+        *(epsilon_point("secagg+dp", 2.0**i, 0.60 + 0.04 * i) for i in range(-1, 6)),
+        *(epsilon_point("dp", 2.0**i, 0.45 + 0.05 * i) for i in range(-1, 5)),
+    ],
+    "epsilon_reference": {"label": "mean-probability without noise", "accuracy": 0.88},
+    "epsilon_meter": {
+        "protection": "secagg+dp",
+        "epsilon_per_query": 0.5,
+        "delta": 1e-6,
+        "cap": 20.0,
+        "points": [{"queries": n, "epsilon": epsilon} for n, epsilon in SPENT.items()],
+    },
+    "who_learns": [
+        {"about": "answer", "party": "coordinator alone", "learns": "ciphertexts"},
+        {"about": "query", "party": "sites that are asked", "learns": "the query, in clear"},
+        {"about": "answer", "party": "querier alone", "learns": "the sum of the answers"},
+        {"about": "the model", "party": "querier alone", "learns": "what answers tell"},
+    ],
+    "sealed": False,
     "warnings": ["1 of 5 sites answered late."],
 }
 
@@ -125,8 +152,10 @@ def results():
 
 @pytest.fixture
 def empty(results):
-    for key in ("classes", "sites", "rules", "protections", "by_alpha", "examples", "warnings"):
+    lists = ("classes", "sites", "rules", "protections", "by_alpha", "examples", "warnings")
+    for key in (*lists, "by_epsilon", "who_learns"):
         results[key] = []
+    results["epsilon_reference"] = results["epsilon_meter"] = None
     results["versions"] = {}
     results["reliability"] = {"bins": [], "ece": math.nan}
     return results

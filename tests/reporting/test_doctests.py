@@ -6,7 +6,7 @@ import importlib
 import pytest
 
 
-@pytest.mark.parametrize("name", ["extra", "formats", "intervals"])
+@pytest.mark.parametrize("name", ["contents", "extra", "formats", "intervals"])
 def test_docstring_examples_hold(name):
     module = importlib.import_module(f"fedinfer_flower.reporting.{name}")
     outcome = doctest.testmod(module)

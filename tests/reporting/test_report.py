@@ -15,6 +15,9 @@ SECTIONS = [
     "sites",
     "rules",
     "protections",
+    "who-learns",
+    "by-epsilon",
+    "epsilon-meter",
     "reliability",
     "examples",
     "configuration",
@@ -82,7 +85,7 @@ def test_write_report_is_well_formed_with_unique_ids_and_live_references(page):
 
 def test_write_report_draws_every_figure_as_valid_xml(page):
     svgs = re.findall(r"<svg.*?</svg>", page, flags=re.DOTALL)
-    assert len([svg for svg in svgs if "xmlns" in svg]) == 5
+    assert len([svg for svg in svgs if "xmlns" in svg]) == 7
     for svg in svgs:
         ET.fromstring(svg)  # noqa: S314 - made by this test
 
@@ -101,6 +104,7 @@ def test_write_report_escapes_every_string(results, tmp_path, hostile):
     poisoned = poison(results)
     poisoned["versions"] = {hostile: hostile}
     poisoned["by_alpha"][0]["rules"] = {hostile: 0.5}
+    poisoned["epsilon_meter"]["cap"] = 1.0
     page = page_of(poisoned, tmp_path)
     parsed = Page(page)
     assert not {"script", "img"} & set(parsed.tags)
