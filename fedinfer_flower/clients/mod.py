@@ -16,7 +16,7 @@ from fedinfer_flower.clients.consent import Consent
 from fedinfer_flower.clients.containment import contained, log_locally
 from fedinfer_flower.clients.model_cache import DEFAULT_CAPACITY, get_or_load
 from fedinfer_flower.clients.recovering import answer_recovery
-from fedinfer_flower.clients.site_memory import ContextMemory, HomeMemory, SiteMemory
+from fedinfer_flower.clients.site_memory import ContextMemory, SiteMemory, home_memory
 from fedinfer_flower.clients.site_model import SiteModel, prepare
 from fedinfer_flower.clients.stating import signed_statement
 from fedinfer_flower.errors import (
@@ -269,7 +269,7 @@ class InferenceMod:
     def _memory(self, context: Context) -> SiteMemory:
         folder = self._folder(context)
         if folder is not None:
-            return HomeMemory(folder, self._budget)
+            return home_memory(folder.absolute(), self._budget)
         if self._budget is not None:
             raise ConfigError(
                 "a privacy budget needs a folder that outlives the process",

@@ -16,6 +16,7 @@ file in the home          holds
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from abc import ABC, abstractmethod
@@ -25,14 +26,14 @@ from typing import Final, cast
 
 from flwr.app import ConfigRecord, Context
 
-from fedinfer_flower.errors import BindingError, DifferencingError, ReplayError
+from fedinfer_flower.errors import BindingError, ConfigError, DifferencingError, ReplayError
 from fedinfer_flower.privacy.answer_cache import AnswerCache
 from fedinfer_flower.privacy.cohort_guard import CohortGuard
 from fedinfer_flower.privacy.row_digest import MemoryFile, key_fingerprint
 from fedinfer_flower.privacy.site_budget import BudgetPolicy, SiteBudget
 from fedinfer_flower.wire.identity import Identity
 
-__all__ = ["ContextMemory", "HomeMemory", "SiteMemory"]
+__all__ = ["ContextMemory", "HomeMemory", "SiteMemory", "home_memory"]
 
 _RECORD: Final = "fedinfer"
 _KIND: Final = 0x46495155  # "FIQU"
@@ -44,6 +45,7 @@ CREATE TABLE answered (
 ) WITHOUT ROWID;
 """
 _MAX_CACHED_ROWS: Final = 1_000_000
+_BUDGET: Final = "budget.sqlite"
 
 
 class SiteMemory(ABC):
@@ -156,6 +158,12 @@ class HomeMemory(SiteMemory):
 
     def __init__(self, home: Path, policy: BudgetPolicy | None = None) -> None:
         home.mkdir(parents=True, exist_ok=True, mode=0o700)
+        if policy is None and (home / _BUDGET).exists():
+            raise ConfigError(
+                "this home has a privacy budget, and the site was started without one: its"
+                " answers would not be counted",
+                hint="InferenceMod(..., budget=BudgetPolicy(...)), or another home",
+            )
         self.identity = Identity.load_or_create(home / "identity.json")
         key_id = key_fingerprint(self.row_key())
         self._queries = MemoryFile(
@@ -166,7 +174,7 @@ class HomeMemory(SiteMemory):
             home / "answers.sqlite", max_rows=_MAX_CACHED_ROWS, key_id=key_id
         )
         if policy is not None:
-            self.budget = SiteBudget(home / "budget.sqlite", policy)
+            self.budget = SiteBudget(home / _BUDGET, policy)
 
     def admit(self, query_id: str, context: bytes) -> None:
         """Use up a query id."""
@@ -196,6 +204,16 @@ class HomeMemory(SiteMemory):
                 if dropped and self.guard is not None:
                     self.guard.admit_recovery(query_id, dropped)
                 db.execute("UPDATE answered SET dropped = ? WHERE query_id = ?", (wanted, query_id))
+
+
+@functools.lru_cache(maxsize=64)
+def home_memory(home: Path, policy: BudgetPolicy | None) -> HomeMemory:
+    """Return the memory in a folder, opened once in a process.
+
+    Opening checks every file from end to end, which takes a third of a second for a
+    million rows: too long for every query.
+    """
+    return HomeMemory(home, policy)
 
 
 _SELECT: Final = "SELECT context, dropped FROM answered WHERE query_id = ?"

@@ -301,7 +301,10 @@ class FedEnsemble(InferenceStrategy):
             rule=self.rule,
             protection=self.protection,
             classes=self.classes,
-            cards=self._cards,
+            # The querier has chosen among all sites; in clear, the fraction decides.
+            cards=onboarding.cards
+            if isinstance(job, SealedJob) and onboarding is not None
+            else self._cards,
             failures=self._failures,
             run_id=run_id,
         )
