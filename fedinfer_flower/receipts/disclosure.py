@@ -193,7 +193,7 @@ def _variants(name: str, *, sealed: bool, options: Mapping[str, object]) -> Iter
         yield "self-mask"
     if options.get("allow_coordinator_key") is True:
         yield "coordinator key"
-    if sealed and name == "mpc":
+    if sealed and name in ("plain", "dp", "mpc"):
         yield "sealed"
 
 

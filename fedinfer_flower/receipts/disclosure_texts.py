@@ -40,6 +40,7 @@ _HONEST_SUM: Final = (
     " that share masks with one, pooling with coordinator and querier: its answer"
 )
 _SUM: Final = "the sum of the answers; one answer only as the sum determines it"
+_SEALED_ANSWERS: Final = "sealed answers, their sizes, who answered and when: no scores"
 
 _PLAIN: Final = {
     Party.COORDINATOR: f"{_EVERY}, to float32",
@@ -59,6 +60,14 @@ _NOISY_SUM: Final = (
 
 ANSWER: Final[Mapping[str, Mapping[Party, str]]] = {
     "plain": _PLAIN,
+    "plain sealed": {
+        Party.COORDINATOR: _SEALED_ANSWERS,
+        Party.QUERIER: f"{_EVERY}, to float32",
+        Party.OTHER_SITES: "alone: nothing; pooling with the querier: every answer; pooling with"
+        " the coordinator only: sealed answers",
+        Party.ACTIVE_COORDINATOR: f"{_SEALED_ANSWERS}; it can leave answers out; every answer to"
+        f" queries that it makes up{UNLESS_PINNED}",
+    },
     "dp": {
         Party.COORDINATOR: "each answer with noise: (epsilon, delta) a row",
         Party.QUERIER: "the combination of noisy answers: at most the same (epsilon, delta) a row",
@@ -69,6 +78,14 @@ ANSWER: Final[Mapping[str, Mapping[Party, str]]] = {
         f" {_MADE_UP}",
         Party.ACTIVE_POOLED: "(epsilon, delta) for each row that is asked, and rows add up",
         Party.MALICIOUS_SITE: f"{_POISON}; a site that leaves out its noise harms itself only",
+    },
+    "dp sealed": {
+        Party.COORDINATOR: _SEALED_ANSWERS,
+        Party.QUERIER: "each answer with noise: (epsilon, delta) a row",
+        Party.OTHER_SITES: "alone: nothing; pooling with the querier: each answer with noise,"
+        " (epsilon, delta) a row; pooling with the coordinator only: sealed answers",
+        Party.ACTIVE_COORDINATOR: f"{_SEALED_ANSWERS}; it can leave answers out; (epsilon, delta)"
+        f" for each row that it makes up{UNLESS_PINNED}, and rows add up",
     },
     "secagg": {
         Party.COORDINATOR: "masked vectors, their sizes, who answered and when: no scores",

@@ -84,10 +84,12 @@ def as_epsilon(epsilon: float | None) -> str:
 
     Examples
     --------
-    >>> as_epsilon(0.5), as_epsilon(271.8281), as_epsilon(None), as_epsilon(float("inf"))
-    ('0.5', '272', '-', '∞')
+    >>> as_epsilon(0.5), as_epsilon(271.8281), as_epsilon(1606.4), as_epsilon(None)
+    ('0.5', '272', '1606', '-')
     """
     value = number(epsilon)
     if math.isnan(value):
         return MISSING
-    return "∞" if math.isinf(value) else f"{value:.3g}"
+    if math.isinf(value):
+        return "∞"
+    return f"{value:.0f}" if value >= 1000 else f"{value:.3g}"
