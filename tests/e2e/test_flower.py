@@ -117,6 +117,30 @@ def test_quickstart_simulated_and_deployed_same_answers(simulation: Path, tmp_pa
     assert deployed.read_text().splitlines() == answers
 
 
+def test_quickstart_deployed_under_secagg_gives_the_labels_of_plain(tmp_path: Path) -> None:
+    answers = {name: tmp_path / f"{name}.txt" for name in ("plain", "secagg")}
+    with ExitStack() as stack:
+        port = stack.enter_context(superlink(tmp_path))
+        for partition in range(3):
+            node_port = free_port()
+            command = [str(BIN / "flower-supernode"), "--insecure"]
+            command += ["--superlink", f"127.0.0.1:{port}", "--port", str(node_port)]
+            # One site with a home of its own, two whose keys live as long as the run.
+            home = f' fedinfer-home="{tmp_path / "home"}"' if partition == 0 else ""
+            command += ["--node-config", f"partition-id={partition} num-partitions=3{home}"]
+            process = stack.enter_context(running(*command, home=tmp_path))
+            wait_until_listening(node_port, process)
+        for name, path in answers.items():
+            config = f'fedinfer.protection="{name}" fedinfer.min-available-nodes=3 answer="{path}"'
+            flwr_run("quickstart", tmp_path, "--run-config", config)
+
+    plain, masked = (path.read_text().splitlines() for path in answers.values())
+    assert len(plain) == 540
+    # Sums are rounded to 2**-16 a site: only a tie could fall otherwise.
+    assert sum(a != b for a, b in zip(plain, masked, strict=True)) <= 1
+    assert (tmp_path / "home" / "partition-0" / "identity.json").stat().st_mode & 0o077 == 0
+
+
 def test_quickstart_under_he_querier_outside_opens_what_plain_gives(
     simulation: Path, tmp_path: Path
 ) -> None:
