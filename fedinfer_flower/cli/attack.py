@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
 from fedinfer_flower.errors import InvalidValueError
+
+if TYPE_CHECKING:
+    from fedinfer_flower.attacks import TargetFederation
 
 __all__ = ["attack"]
 
@@ -21,13 +26,16 @@ def attack(
     protect: Annotated[
         list[str] | None, typer.Option(help="protection to attack, repeatable; default all")
     ] = None,
+    federation: Annotated[
+        str, typer.Option(help="your own: MODULE:NAME of a TargetFederation, or a function to it")
+    ] = "",
     as_json: Annotated[bool, typer.Option("--json", help="print results as JSON")] = False,
     seed: Annotated[int, typer.Option(min=0, help="of data, models and attackers")] = 0,
     out: Annotated[
         Path | None, typer.Option(help="also write results, as .json or else Markdown")
     ] = None,
 ) -> None:
-    """Attack five simulated sites with digits under each protection.
+    """Attack five simulated sites with digits, or your own federation, under each protection.
 
     Exit status 1 if an attack does what a protection promises to prevent. An attack that is
     stopped proves nothing about other attacks.
@@ -46,6 +54,7 @@ def attack(
     console = Console(stderr=as_json)
     with console.status("attacking") as status:
         results = run_suite(
+            _own(federation) if federation else None,
             attacks=chosen,
             protections=[make_protection(name) for name in protect] if protect else None,
             seed=seed,
@@ -60,6 +69,30 @@ def attack(
         console.print(_table(results))
     if any(result.claim == "broken" for result in results):
         raise typer.Exit(1)
+
+
+def _own(name: str) -> TargetFederation:
+    """Return the federation that a ``module:name`` of the user's stands for."""
+    from fedinfer_flower.attacks import TargetFederation
+
+    module, _, attribute = name.partition(":")
+    sys.path.insert(0, str(Path.cwd()))
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError):
+        raise InvalidValueError(
+            f"--federation names {module[:64]!r}, {attribute[:64]!r}, which cannot be imported",
+            hint="--federation my_sites:federation, with my_sites.py in this folder",
+        ) from None
+    finally:
+        sys.path.pop(0)
+    federation = found() if callable(found) else found
+    if not isinstance(federation, TargetFederation):
+        raise InvalidValueError(
+            f"{name[:64]!r} is a {type(federation).__name__}, not a TargetFederation",
+            hint="see fedinfer_flower.attacks.TargetFederation",
+        )
+    return federation
 
 
 def _list_attacks(*, as_json: bool) -> None:
