@@ -47,9 +47,14 @@ def pick_rule(
     >>> reason
     'Not all sites say which classes they know, but all are calibrated: surer ones count more.'
     """
-    if dp_mechanism is not None or "dp" in re.split("[+-]", protection):
-        return MajorityVote(), "The protection adds noise, and votes lose the least by noise."
     familiar = bool(profiles) and all(profile.familiarity for profile in profiles)
+    if dp_mechanism is not None or "dp" in re.split("[+-]", protection):
+        if familiar and dp_mechanism != "randomised-response" and _uneven(profiles):
+            return OpenSet(), (
+                "The protection adds noise, the sites know different classes, and all can tell"
+                " unfamiliar queries: those who cannot know stay silent."
+            )
+        return MajorityVote(), "The protection adds noise, and votes lose the least by noise."
     if profiles and all(p.counts_kind is not CountsKind.WITHHELD for p in profiles):
         counted = all(profile.counts_kind is CountsKind.COUNTS for profile in profiles)
         shared = "share class counts" if counted else "say which classes they know"
@@ -72,3 +77,14 @@ def pick_rule(
     return MeanProbability(), (
         "Not all sites say which classes they know, and not all are calibrated: all count alike."
     )
+
+
+def _uneven(profiles: Sequence[SiteProfile]) -> bool:
+    """Return whether some site lacks a class that another one knows, as far as they say."""
+    known = [
+        {name for name, count in zip(p.classes, p.class_counts or (), strict=False) if count > 0}
+        if p.class_counts is not None
+        else set(p.classes)
+        for p in profiles
+    ]
+    return any(classes != known[0] for classes in known)

@@ -68,3 +68,24 @@ def test_pick_rule_always_gives_one_sentence_and_a_rule_that_sums(fact, protecti
     assert reason.count(".") == 1
     assert rule.discloses is Disclosure.SUM
     assert rule.needs <= {Evidence.CLASS_COUNTS, Evidence.FAMILIARITY}
+
+
+@pytest.mark.parametrize(
+    ("protection", "mechanism", "expected"),
+    [
+        ("secagg+dp", None, "open-set"),
+        ("dp", "gaussian", "open-set"),
+        # A label is all that it can send.
+        ("dp", "randomised-response", "majority-vote"),
+    ],
+)
+def test_noise_and_sites_that_know_different_classes(protection, mechanism, expected):
+    profiles = [
+        SiteProfile(name="a", classes=("x", "y"), familiarity=True),
+        SiteProfile(name="b", classes=("y", "z"), familiarity=True),
+    ]
+    rule, reason = pick_rule(profiles, protection, mechanism)
+    assert rule.name == expected
+    assert "noise" in reason
+    blind = [SiteProfile(name=p.name, classes=p.classes) for p in profiles]
+    assert pick_rule(blind, protection, mechanism)[0].name == "majority-vote"
