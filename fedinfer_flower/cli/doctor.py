@@ -21,8 +21,13 @@ _EXTRAS: Final = {
     "torch": ("torch",),
     "he": ("tenseal",),
     "dp": ("scipy",),
+    "dp-training": ("opacus", "torch"),
     "report": ("matplotlib", "jinja2"),
+    "mpc": ("spu", "jax"),
 }
+_OPTIONAL: Final = frozenset({"mpc"})
+"""Not part of "all", because it needs an environment of its own."""
+
 _PORTS: Final = {8000: "flower-superlink", 9094: "flower-supernode", 39091: "flwr run (local)"}
 
 
@@ -72,12 +77,15 @@ def _extras() -> list[Finding]:
     findings = []
     for extra, modules in _EXTRAS.items():
         missing = [name for name in modules if importlib.util.find_spec(name) is None]
+        install = f"pip install 'fedinfer-flower[{extra}]'"
+        if extra in _OPTIONAL:
+            install += ", in an environment of its own"
         findings.append(
             Finding(
                 subject=f"extra {extra}",
                 status="missing: " + ", ".join(missing) if missing else "installed",
-                ok=not missing,
-                mend=f"pip install 'fedinfer-flower[{extra}]'" if missing else "",
+                ok=not missing or extra in _OPTIONAL,
+                mend=install if missing else "",
             )
         )
     return findings

@@ -53,7 +53,8 @@ class HeDP(HomomorphicEncryption):
     replacing one site's whole answer to a row, also if up to `collusion_share` of the
     sites tell it their noise. That the sum is of as many sites as it claims is the
     coordinator's word. Coordinator and querier together decrypt each site's answer under
-    its own part of the noise alone, which protects it little.
+    its own part of the noise alone, which protects it little. A site with a home folder
+    answers a row once: no site can tell whether an earlier sum lacked one of them.
 
     Examples
     --------
