@@ -168,7 +168,7 @@ class MaskedSum:
             If the reply is not what an honest survivor would send.
         """
         place = self._cohort.roster.place_of(sender)
-        if place not in self._survivors or self._done:
+        if place not in self._survivors or self._phase is None or self._done:
             raise BindingError("a recovery reply that nobody asked for")
         raw, n_sites = bytes(payload), len(self._cohort.roster)
         if self._phase is Phase.CONFIRM:

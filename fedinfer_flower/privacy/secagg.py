@@ -76,7 +76,10 @@ class SecAgg(Protection):
     subtraction; two honest sites hide each other. A coordinator alone that lies about who
     dropped out learns nothing, because the querier's masks stay. Coordinator and querier
     together that lie so see single answers, unless `self_mask` is on and fewer than a
-    third of the sites are on their side. Roster and keys must be genuine: whoever makes up
+    third of the sites are on their side, and among more than 51 sites fewer than 20
+    altogether (20 of its 50 neighbours can remove a site's own mask). With a
+    `dropout_share` that allows D of N sites to drop out, N - 2D sites on their side let
+    them open sums of fewer sites than promised. Roster and keys must be genuine: whoever makes up
     the other sites of a roster sees the one real answer. A sum is not differentially
     private. Nothing here proves that a site masked its model's scores and not others.
 

@@ -4,6 +4,9 @@ Bits that flip into other valid scores are noticed by the payload's digest in th
 site that sends other scores on purpose makes a right digest for them: nobody can notice
 that, and it is not tested here.
 
+Under masks a site whose reply was refused has dropped out: the others make good for it, while
+their own replies of the recovery round are corrupted as well before the right ones come.
+
 Run as a program it prints its counts as JSON: under `he` the test does so, because a crash
 of the native library would end the process and nothing could be reported from within it.
 """
@@ -34,18 +37,28 @@ from flwr.clientapp import ClientApp
 
 from fedinfer_flower.ensemble.base import make_rule
 from fedinfer_flower.errors import FedInferError
-from fedinfer_flower.privacy.base import ScorePlan, make_protection
+from fedinfer_flower.privacy.base import CoordinatorSide, ScorePlan, make_protection
+from fedinfer_flower.privacy.cohort import Cohort
+from fedinfer_flower.privacy.mask_recovery import MaskedSum
 from fedinfer_flower.query import SiteProfile, SiteStatus
 from fedinfer_flower.simulation.local_grid import LocalGrid
 from fedinfer_flower.strategies.pull_loop import Arrival
 from fedinfer_flower.strategies.query_round import QueryRound
 from fedinfer_flower.wire import messages
+from fedinfer_flower.wire.directory import SiteCard
+from fedinfer_flower.wire.documents import CombinedBatch
 from fedinfer_flower.wire.envelope import DEFAULT_LIMITS, Envelope, Kind, encode
+from fedinfer_flower.wire.identity import Identity
 from fedinfer_flower.wire.messages import Question
+from fedinfer_flower.wire.recovery import recovered
+from fedinfer_flower.wire.roster import Roster
 
 SEED = 20_261
-N_REPLIES = {"plain": 5000, "dp": 4000, "he": 1000}
+N_REPLIES = {"plain": 4700, "dp": 3000, "he": 1000, "secagg": 1000, "secagg-self": 300}
+OPTIONS = {"secagg-self": ("secagg", {"self_mask": True})}
 N_HONEST, N_BAD = 4, 46
+# Of twelve sites under masks at least eight must answer.
+COHORTS = {"secagg": (8, 4), "secagg-self": (8, 4)}
 N_QUERIES, CLASSES = 4, ("a", "b", "c")
 CANARY = "CANARY-7f3a"
 
@@ -56,30 +69,65 @@ class Chaos:
     def __init__(self, protection: str, seed: int) -> None:
         self.rng = random.Random(seed)  # noqa: S311 - reproducible, not secret
         self.grid = LocalGrid(ClientApp(), num_supernodes=1, workers=0)
-        self.protection = make_protection(protection)
+        self.protection = make_protection(*OPTIONS.get(protection, (protection, {})))
         self.rule = make_rule("mean-probability")
         self.keys = self.protection.make_keys()
-        self.profiles = {
-            node: SiteProfile(name=f"hospital-{node}", classes=CLASSES)
-            for node in range(1, N_HONEST + N_BAD + 1)
+        self.n_honest, self.n_bad = COHORTS.get(protection, (N_HONEST, N_BAD))
+        self.masked = self.protection.needs_roster
+        self.sites = {
+            node: Identity.generate() for node in range(1, self.n_honest + self.n_bad + 1)
+        }
+        self.cards = {
+            node: SiteCard.signed(
+                SiteProfile(name=f"hospital-{node}", classes=CLASSES),
+                identity=identity,
+                run_id=self.grid.run_id,
+            )
+            for node, identity in self.sites.items()
         }
         self.asked = Question(
             query_id="0a-0",
             inputs=np.zeros((N_QUERIES, 2), dtype=np.float32),
             classes=CLASSES,
-            n_sites=len(self.profiles),
+            n_sites=len(self.cards),
             rule=self.rule.name,
-            protection=protection,
+            protection=self.protection.name,
             public_key=self.keys.public_key,
             key_id=self.keys.key_id,
+            roster=Roster(tuple(card.seat for card in self.cards.values())),
+        )
+        self.cohort = Cohort(
+            query_id="0a-0", roster=self.asked.roster, public_key=self.keys.public_key
         )
         self.plan = ScorePlan.for_rule(
-            self.rule, n_classes=len(CLASSES), n_sites_max=len(self.profiles)
+            self.rule, n_classes=len(CLASSES), n_sites_max=len(self.cards)
         )
-        site = self.protection.site_side(self.plan, public_key=self.keys.public_key)
-        scores = np.random.default_rng(seed).dirichlet(np.ones(3), size=(N_HONEST + 1, N_QUERIES))
-        self.payloads = [site.protect(part) for part in scores]
+        n_payloads = len(self.sites) if self.masked else self.n_honest + 1
+        self.scores = np.random.default_rng(seed).dirichlet(np.ones(3), (n_payloads, N_QUERIES))
+        self.payloads = [
+            self.protection.site_side(
+                self.plan,
+                public_key=self.keys.public_key,
+                cohort=self.cohort,
+                identity=self.sites[number + 1],
+            ).protect(part)
+            for number, part in enumerate(self.scores)
+        ]
         self.query = Message(RecordDict(), 1, "query.fi_predict", ttl=600.0)
+        self.n_bad_recovery_replies = 0
+
+    def payload_of(self, node: int) -> bytes:
+        """Return what this node would send; under masks every site has a payload of its own."""
+        return self.payloads[node - 1] if self.masked else self.payloads[-1]
+
+    def coordinator(self) -> CoordinatorSide:
+        return self.protection.coordinator_side(
+            self.plan,
+            n_queries=N_QUERIES,
+            rule=self.rule,
+            public_key=self.keys.public_key,
+            cohort=self.cohort,
+        )
 
     def envelope(self, node: int, payload: bytes) -> Envelope:
         return messages.answer(
@@ -88,7 +136,7 @@ class Chaos:
             sender=node,
             payload=payload,
             width=len(CLASSES),
-            commitment=self.profiles[node].commitment(),
+            commitment=self.cards[node].profile.commitment(),
         )
 
     def reply(self, data: bytes) -> Message:
@@ -106,7 +154,7 @@ class Chaos:
 
     def spoiled(self, kind: str, node: int) -> Message:
         """Return a reply of this node that is wrong in one way."""
-        rng, payload = self.rng, self.payloads[-1]
+        rng, payload = self.rng, self.payload_of(node)
         good = self.envelope(node, payload)
         data = encode(good)
         at = len(data) - len(payload)
@@ -149,7 +197,7 @@ class Chaos:
         return {
             "wrong shape": {"shape": rng.choice([(4, 2), (5, 3), (12,), (), (4, 3, 1), (3, 4)])},
             "wrong key id": {"key_id": rng.randbytes(32).hex()},
-            "wrong codec": {"codec": rng.choice(["", "plainer", "secagg", "he-dp"])},
+            "wrong codec": {"codec": rng.choice(["", "plainer", "secagg+dp", "he-dp"])},
             "wrong commitment": {"meta": {"commitment": rng.randbytes(32).hex()}},
             "odd meta": {
                 "meta": rng.choice([{}, {"commitment": None}, dict(good.meta) | {"w": CANARY}])
@@ -158,14 +206,20 @@ class Chaos:
             "wrong run": {"run_id": rng.randrange(2**48)},
             "wrong sender": {"sender": (good.sender + rng.randrange(1, N_BAD)) % 2**32},
             "wrong kind": {"kind": rng.choice([k for k in Kind if k is not Kind.ANSWER])},
-            "impossible scores": {"sections": (("scores", self._impossible(payload)),)},
+            "impossible scores": {
+                "sections": (("scores", self._impossible(payload)), ("statement", b""))
+            },
             "wrong payload length": {
                 "sections": (
                     ("scores", rng.choice([payload[:-1], payload + b"\0", b"", 2 * payload])),
+                    ("statement", b""),
                 )
             },
+            "odd statement": {
+                "sections": (("scores", payload), ("statement", rng.randbytes(rng.randint(1, 300))))
+            },
             "extra section": {"sections": (*good.sections, ("weights", rng.randbytes(4)))},
-            "other section": {"sections": (("score", payload),)},
+            "other section": {"sections": (("score", payload), ("statement", b""))},
         }
 
     def _impossible(self, payload: bytes) -> bytes:
@@ -176,6 +230,8 @@ class Chaos:
             return np.full(
                 len(payload) // 4, self.rng.choice([2**31 - 1, -(2**31)]), "<i4"
             ).tobytes()
+        if self.masked:  # any vector is possible; not one whose masks are of another batch
+            return payload[:4] + self.rng.randbytes(32) + payload[36:]
         scores = np.frombuffer(payload, dtype="<f4").copy()
         scores[self.rng.randrange(len(scores))] = self.rng.choice(
             [np.nan, np.inf, -np.inf, 1.001, -1.001, 3e38]
@@ -209,35 +265,89 @@ class Chaos:
         """Feed one round with honest and spoiled replies; check it; return what was seen."""
         state = QueryRound(
             asked=self.asked,
+            n_queries=N_QUERIES,
             run_id=self.grid.run_id,
             rule=self.rule,
             rule_reason="",
             protection=self.protection,
-            profiles=self.profiles,
+            cards=self.cards,
             failures={},
             limits=DEFAULT_LIMITS,
         )
-        nodes = self.rng.sample(sorted(self.profiles), N_HONEST + len(kinds))
-        plan = [("honest", self.payloads[i]) for i in range(N_HONEST)]
-        plan += [(kind, b"") for kind in kinds]
+        nodes = self.rng.sample(sorted(self.cards), self.n_honest + len(kinds))
+        plan = ["honest"] * self.n_honest + kinds
         self.rng.shuffle(plan)
-        clear = self.protection.coordinator_side(
-            self.plan, n_queries=N_QUERIES, rule=self.rule, public_key=self.keys.public_key
-        )
-        spoiled = {}
-        for node, (kind, payload) in zip(nodes, plan, strict=True):
+        clear, spoiled, honest = self.coordinator(), {}, []
+        for node, kind in zip(nodes, plan, strict=True):
             if kind == "honest":
+                payload = self.payloads[node - 1 if self.masked else len(honest)]
                 reply = self.reply(encode(self.envelope(node, payload)))
-                clear.add(payload)
+                clear.add(payload, sender=self.cards[node].key_id)
+                honest.append(node)
             else:
                 spoiled[node] = kind
                 reply = self.spoiled(kind, node)
             state.accumulate(Arrival(node_id=node, reply=reply, seconds=0.1))
+        self._recover(state, clear)
         batch, report = state.close(
             seconds=1.0, quorum=1, request_bytes=0, key_at_coordinator=False
         )
         assert batch.total == clear.total(), "the honest sites' sum changed"
+        if self.masked:
+            self._check_opened(batch, honest)
         return self._checked(report, spoiled)
+
+    def _recover(self, state: QueryRound, clear: CoordinatorSide) -> None:
+        """Let survivors help both sums; their replies to the first come corrupted, then right."""
+        while calls := state.recovery_calls():
+            assert isinstance(clear, MaskedSum)
+            requests = clear.recovery_requests()
+            for node, call in calls.items():
+                identity = self.sites[node]
+                assert call.request == requests[identity.key_id]
+                reply = self.protection.recovery_reply(  # type: ignore[attr-defined]
+                    call.request, cohort=self.cohort, identity=identity, admit=lambda dropped: None
+                )
+                clear.add_recovery(reply, sender=identity.key_id)
+                good = encode(
+                    recovered(reply, query_id="0a-0", run_id=self.grid.run_id, sender=node)
+                )
+                for bad in self._bad_recovery_replies(node, good, reply):
+                    self.n_bad_recovery_replies += 1
+                    state.accumulate_recovery(Arrival(node_id=node, reply=bad, seconds=0.1))
+                right = Arrival(node_id=node, reply=self.reply(good), seconds=0.1)
+                state.accumulate_recovery(right)
+            # Whoever is no survivor is not heard.
+            outsider = next(n for n in self.sites if n not in calls)
+            if len(calls) == self.n_honest:
+                self.n_bad_recovery_replies += 1
+                data = recovered(reply, query_id="0a-0", run_id=self.grid.run_id, sender=outsider)
+                stray = Arrival(node_id=outsider, reply=self.reply(encode(data)), seconds=0.1)
+                state.accumulate_recovery(stray)
+        if isinstance(clear, MaskedSum):
+            assert not clear.recovery_requests()
+
+    def _bad_recovery_replies(self, node: int, good: bytes, reply: bytes) -> list[Message]:
+        run_id = self.grid.run_id
+        other = recovered(reply + b"x", query_id="0a-0", run_id=run_id, sender=node)
+        another = recovered(reply, query_id="0a-1", run_id=run_id, sender=node)
+        choices = [
+            self.reply(self.flipped(good, 0, len(good))),
+            self.reply(good[: self.rng.randrange(len(good))]),
+            self.reply(encode(other)),
+            self.reply(encode(another)),
+            self.reply(encode(recovered(b"", query_id="0a-0", run_id=run_id, sender=node))),
+            self.content(RecordDict({"fedinfer": MetricRecord({CANARY: 1.0})})),
+            Message(Error(3, CANARY), reply_to=self.query),
+        ]
+        return self.rng.sample(choices, 2)
+
+    def _check_opened(self, batch: CombinedBatch, honest: list[int]) -> None:
+        querier = self.protection.querier_side(self.plan, keys=self.keys, cohort=self.cohort)
+        opened = querier.open(batch.total, n_queries=N_QUERIES, n_sites=batch.n_sites)
+        exact = self.scores[[node - 1 for node in honest]].sum(axis=0)
+        # 16 fraction bits for so few sites, each rounds by half a step.
+        np.testing.assert_allclose(opened, exact, rtol=0.0, atol=len(honest) * 2.0**-17)
 
     def _checked(self, report, spoiled: dict[int, str]) -> dict[str, Counter]:
         seen: dict[str, Counter] = {"caught": Counter(), "unnoticed": Counter(), "codes": Counter()}
@@ -281,13 +391,14 @@ def run(protection: str) -> dict[str, Counter]:
     log.addHandler(handler)
     propagate, log.propagate = log.propagate, False
     try:
-        for start in range(0, len(queue), N_BAD):
-            for name, counts in chaos.run_round(queue[start : start + N_BAD]).items():
+        for start in range(0, len(queue), chaos.n_bad):
+            for name, counts in chaos.run_round(queue[start : start + chaos.n_bad]).items():
                 total[name] += counts
     finally:
         log.removeHandler(handler)
         log.propagate = propagate
-    assert len(handler.lines) == sum(total["caught"].values())
+    assert len(handler.lines) == sum(total["caught"].values()) + chaos.n_bad_recovery_replies
+    assert bool(chaos.n_bad_recovery_replies) == chaos.masked
     for line in handler.lines:
         assert "[site hospital-" in line
         assert CANARY not in line
@@ -303,7 +414,7 @@ def check(protection: str, counts: dict[str, Counter]) -> None:
     assert len(counts["codes"]) >= 6  # binding, shape, scores, sizes, ...: not one for all
 
 
-@pytest.mark.parametrize("protection", ["plain", "dp"])
+@pytest.mark.parametrize("protection", ["plain", "dp", "secagg", "secagg-self"])
 def test_corrupted_replies_are_typed_errors_and_leave_no_trace(protection):
     check(protection, run(protection))
 

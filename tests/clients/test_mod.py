@@ -493,7 +493,8 @@ def test_counts_leave_the_site_as_far_as_consented(make_site, share, kind, count
 
 def test_presence_site_asked_with_totals_of_counts_refuses(make_site):
     site = make_site(counted)
-    for changes in ({"rule": "class-share"}, {"rule": "mean-probability"}):
+    for rule in ("class-share", "mean-probability"):
+        changes = {"rule": rule, "query_id": f"q-{rule}"}
         error = site.error(
             class_totals=np.array([20000.0, 5.0]), counts_kind=CountsKind.COUNTS, **changes
         )

@@ -98,8 +98,8 @@ def test_site_loads_its_model_once_for_all_messages(make_site):
 
     site = make_site(load_model)
     site.hello()
-    for _ in range(3):
-        site.scores()
+    for number in range(3):
+        site.scores(query_id=f"q-{number}")
     assert len(calls) == 1
 
 

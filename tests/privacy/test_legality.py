@@ -24,14 +24,21 @@ VARIANTS = {
     "he-ckks": make_protection("he", {"scheme": "ckks"}),
     "dp-gaussian": make_protection("dp"),
     "dp-response": make_protection("dp", {"mechanism": "randomised-response"}),
+    "secagg": make_protection("secagg"),
+    "secagg-self": make_protection("secagg", {"self_mask": True}),
+    "secagg+dp": make_protection("secagg+dp"),
+    "he+dp": make_protection("he+dp"),
 }
+EXACT_SUMS = {"he-bfv", "he-ckks", "secagg", "secagg-self"}
+NOISY_SUMS = {"secagg+dp", "he+dp"}
+ALL_SUMS = EXACT_SUMS | NOISY_SUMS
 
 # What a rule declares -> the protections it works under. All other pairs are refused.
 LEGAL = {
-    (SUM, ScoreKind.VOTE): {"plain", "he-bfv", "he-ckks", "dp-gaussian", "dp-response"},
-    (SUM, ScoreKind.PROBABILITY): {"plain", "he-bfv", "he-ckks", "dp-gaussian"},
-    (SUM, ScoreKind.LOG_PROBABILITY): {"plain", "he-bfv", "he-ckks", "dp-gaussian"},
-    (SUM, ScoreKind.LOGIT): {"plain", "he-bfv", "he-ckks"},
+    (SUM, ScoreKind.VOTE): {"plain", "dp-gaussian", "dp-response"} | ALL_SUMS,
+    (SUM, ScoreKind.PROBABILITY): {"plain", "dp-gaussian"} | ALL_SUMS,
+    (SUM, ScoreKind.LOG_PROBABILITY): {"plain", "dp-gaussian"} | ALL_SUMS,
+    (SUM, ScoreKind.LOGIT): {"plain"} | EXACT_SUMS,
     (SCORES, ScoreKind.VOTE): {"plain", "dp-gaussian", "dp-response"},
     (SCORES, ScoreKind.PROBABILITY): {"plain", "dp-gaussian"},
     (SCORES, ScoreKind.LOG_PROBABILITY): {"plain", "dp-gaussian"},
@@ -121,6 +128,24 @@ def test_published_matrix_is_that_of_the_defaults() -> None:
             "dp-gaussian",
             "raw logits",
             "rule 'mean-probability' with 'dp', or protection 'he' with 'mean-logit'",
+        ),
+        (
+            "mean-logit",
+            "secagg+dp",
+            "raw logits",
+            "rule 'mean-probability' with 'secagg+dp', or protection 'he' with 'mean-logit'",
+        ),
+        (
+            "mean-logit",
+            "he+dp",
+            "raw logits",
+            "rule 'mean-probability' with 'he+dp', or protection 'he' with 'mean-logit'",
+        ),
+        (
+            "median",
+            "secagg",
+            "reveals only their sum",
+            "rule 'mean-probability' with 'secagg', or protection 'dp' with 'median'",
         ),
         (
             "mean-probability",

@@ -12,9 +12,9 @@ from flwr.clientapp import ClientApp
 from fedinfer_flower import FedEnsemble, InferenceMod, LocalModel, Querier
 from fedinfer_flower.clients.site_model import SiteModel, prepare
 from fedinfer_flower.ensemble.base import EnsembleRule
+from fedinfer_flower.planning.label_space import class_totals, shared_classes
 from fedinfer_flower.query import CountsKind
 from fedinfer_flower.simulation.local_grid import LocalGrid
-from fedinfer_flower.planning.label_space import class_totals, shared_classes
 from fedinfer_flower.wire.messages import Question
 
 N_SITES, N_FEATURES, N_QUERIES = 5, 4, 12

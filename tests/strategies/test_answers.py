@@ -10,8 +10,10 @@ from fedinfer_flower.ensemble.base import RULES, Disclosure
 from fedinfer_flower.errors import IncompatibleProtection
 from fedinfer_flower.privacy import legality_matrix
 from fedinfer_flower.privacy.base import ScorePlan
+from fedinfer_flower.privacy.dp import DP
 from fedinfer_flower.privacy.fixed_point import FixedPoint
 from fedinfer_flower.privacy.he_schemes import BFV
+from fedinfer_flower.privacy.secagg_dp import SecAggDP
 
 MATRIX = legality_matrix()
 LEGAL = [(r, p) for r, row in MATRIX.items() for p, reason in row.items() if not reason]
@@ -25,7 +27,7 @@ def strategy(rule: str, protection: str, **options) -> FedEnsemble:
         rule=rule,
         protection=protection,
         min_available_nodes=N_SITES,
-        allow_coordinator_key=protection == "he",
+        allow_coordinator_key=protection.startswith("he"),
         **options,
     )
 
@@ -99,7 +101,14 @@ def test_answer_does_not_depend_on_the_order_of_sites(federation, rule, protecti
 
 @pytest.mark.parametrize(
     ("rule", "protection"),
-    [("class-share", "plain"), ("class-share", "he"), ("median", "plain"), ("majority-vote", "he")],
+    [
+        ("class-share", "plain"),
+        ("class-share", "he"),
+        ("class-share", "secagg"),
+        ("median", "plain"),
+        ("majority-vote", "he"),
+        ("majority-vote", "secagg"),
+    ],
 )
 def test_several_batches_give_the_answer_of_one(federation, rule, protection):
     answers = {}
@@ -146,9 +155,21 @@ def test_auto_picks_by_what_sites_share_and_says_why(make_federation, shares, ru
     )
 
 
-def test_auto_under_dp_picks_votes(federation, grid):
-    _, _, result = federation.ask(strategy("auto", "dp"), grid)
-    assert result.reports[0].rule == "majority-vote"
+@pytest.mark.parametrize(
+    ("protection", "rule"),
+    [
+        # The sites know different classes and can tell what they cannot know ...
+        (DP(), "open-set"),
+        (SecAggDP(), "open-set"),
+        # ... but randomised response leaves no way to stay silent.
+        (DP(mechanism="randomised-response"), "majority-vote"),
+    ],
+    ids=["dp", "secagg+dp", "randomised response"],
+)
+def test_auto_under_noise_picks_what_loses_least_by_it(federation, grid, protection, rule):
+    ours = FedEnsemble(rule="auto", protection=protection, min_available_nodes=N_SITES)
+    _, _, result = federation.ask(ours, grid)
+    assert result.reports[0].rule == rule
     assert result.reports[0].epsilon_per_query == 1.0
 
 

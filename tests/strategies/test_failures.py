@@ -15,7 +15,9 @@ from fedinfer_flower.errors import (
     CapacityError,
     NotEnoughNodesError,
     QuorumNotMetError,
+    RecoveryError,
 )
+from fedinfer_flower.privacy.secagg import SecAgg
 from fedinfer_flower.query import SiteStatus
 from fedinfer_flower.simulation.local_grid import LocalGrid
 from fedinfer_flower.strategies.pull_loop import PULL_BYTES, Arrival, stream_replies
@@ -176,9 +178,15 @@ def changed(**changes):
 def nan_scores(message, context, handle):
     envelope = unpack(handle(message, context).content)
     payload = np.full(envelope.shape, np.nan, dtype="<f4").tobytes()
-    return Message(
-        pack(dataclasses.replace(envelope, sections=(("scores", payload),))), reply_to=message
-    )
+    sections = (("scores", payload), ("statement", b""))
+    return Message(pack(dataclasses.replace(envelope, sections=sections)), reply_to=message)
+
+
+def scores_other_than_stated(message, context, handle):
+    envelope = unpack(handle(message, context).content)
+    payload = np.zeros(envelope.shape, dtype="<f4").tobytes()
+    sections = (("scores", payload), ("statement", envelope.section("statement")))
+    return Message(pack(dataclasses.replace(envelope, sections=sections)), reply_to=message)
 
 
 FAULTS = {
@@ -194,10 +202,24 @@ FAULTS = {
     "other protection": (changed(codec="dp"), "FI303"),
     "changed profile": (changed(meta={"commitment": "c" * 64}), "FI303"),
     "other shape": (changed(shape=(12, 5)), "FI304"),
-    "too few bytes": (changed(sections=(("scores", b"abc"),)), "FI304"),
+    "too few bytes": (changed(sections=(("scores", b"abc"), ("statement", b""))), "FI304"),
     "not finite": (nan_scores, "FI306"),
+    "no statement section": (changed(sections=(("scores", b"abc"),)), "FI301"),
+    "statement that is none": (changed(sections=(("scores", b""), ("statement", b"x"))), "FI301"),
+    "scores other than stated": (scores_other_than_stated, "FI303"),
     "kind of another verb": (changed(kind=Kind.PING, meta={}), "FI301"),
 }
+
+
+MASKED_FAULTS = {
+    label: FAULTS[label]
+    for label in ("raises", "returns None", "spoofed sender", "other query", "other shape")
+}
+MASKED_FAULTS["scores other than stated"] = (scores_other_than_stated, "FI303")
+MASKED_FAULTS["masked vector cut"] = (
+    changed(sections=(("scores", b"FMA1" + bytes(32)), ("statement", b""))),
+    "FI301",
+)
 
 
 @pytest.mark.parametrize(("fault", "code"), FAULTS.values(), ids=FAULTS)
@@ -216,6 +238,56 @@ def test_failing_site_is_reported_and_the_others_stand(federation, app_with, cap
     assert "CANARY" not in str(result.to_dict())
     # 1e-6: four float32 roundings of numbers up to 1.
     np.testing.assert_allclose(totals, without_bad(federation), rtol=0.0, atol=1e-6)
+
+
+@pytest.mark.parametrize("self_mask", [False, True], ids=["pairs", "self"])
+@pytest.mark.parametrize(("fault", "code"), MASKED_FAULTS.values(), ids=MASKED_FAULTS)
+def test_failing_site_under_masks_is_made_good_by_the_others(
+    federation, app_with, caplog, fault, code, self_mask
+):
+    def one_fails(action, partition, message, context, handle):
+        if action == "fi_predict" and partition == BAD:
+            return fault(message, context, handle)
+        return handle(message, context)
+
+    with federation.grid(app_with(one_fails)) as grid:
+        masked = strategy(protection=SecAgg(self_mask=self_mask))
+        totals, _, result = federation.ask(masked, grid)
+
+    only_bad_fails(result, code)
+    assert "CANARY" not in caplog.text
+    # Four sites, each rounds to 16 fraction bits: half a step.
+    np.testing.assert_allclose(totals, without_bad(federation), rtol=0.0, atol=4 * 2.0**-17)
+
+
+@pytest.mark.parametrize("fault", [raises, returns_none, empty_content, changed(run_id=1)])
+def test_survivor_that_does_not_help_ends_the_query_with_a_typed_error(federation, app_with, fault):
+    def two_fail(action, partition, message, context, handle):
+        if action == "fi_predict" and partition == BAD:
+            return raises(message, context, handle)
+        if action == "fi_recover" and partition == 0:
+            return fault(message, context, handle)
+        return handle(message, context)
+
+    with (
+        federation.grid(app_with(two_fail)) as grid,
+        pytest.raises(RecoveryError, match="answered and then left"),
+    ):
+        strategy(protection="secagg").start(grid, federation.queries)
+
+
+def test_too_few_answers_under_masks_are_not_opened(federation, app_with):
+    def two_fail(action, partition, message, context, handle):
+        assert action != "fi_recover"
+        if action == "fi_predict" and partition >= 3:
+            raise RuntimeError
+        return handle(message, context)
+
+    with (
+        federation.grid(app_with(two_fail)) as grid,
+        pytest.raises(QuorumNotMetError, match="3 of 5 sites answered"),
+    ):
+        strategy(protection="secagg").start(grid, federation.queries)
 
 
 @pytest.mark.parametrize("fault", [raises, returns_none, empty_content, changed(sender=1)])

@@ -36,7 +36,9 @@ def test_job_of_a_querier_in_this_process_under_he_is_refused(federation, grid):
 
 
 def test_job_that_went_through_bytes_in_this_process_is_refused_as_well(federation, grid):
-    job = QueryJob.from_bytes(Querier(protection="he").ask(federation.queries, clear=True).to_bytes())
+    job = QueryJob.from_bytes(
+        Querier(protection="he").ask(federation.queries, clear=True).to_bytes()
+    )
     with pytest.raises(KeyAtCoordinatorError):
         strategy().start(grid, job)
 

@@ -14,7 +14,12 @@ from hypothesis.extra import numpy as hnp
 from fedinfer_flower.errors import EnvelopeError, InvalidValueError, ProtocolError, SizeLimitError
 from fedinfer_flower.wire.documents import CombinedAnswer, CombinedBatch, QueryJob
 from fedinfer_flower.wire.envelope import Envelope, Kind, WireLimits, decode, encode
+from fedinfer_flower.wire.identity import Identity
+from fedinfer_flower.wire.roster import Roster, Seat
 
+ROSTER = Roster(
+    tuple(Seat(identity=Identity.generate().public, commitment=digit * 64) for digit in "0af")
+)
 JOB = QueryJob(
     job_id="0a" * 16,
     inputs=np.arange(15, dtype=np.float32).reshape(5, 3),
@@ -38,6 +43,8 @@ COMBINED = CombinedAnswer(
         CombinedBatch(query_id="0a-0", n_queries=2, n_sites=3, total=b"first"),
         CombinedBatch(query_id="0a-1", n_queries=1, n_sites=3, total=b""),
     ),
+    roster=ROSTER,
+    relayed=True,
 )
 SCALARS = st.text(max_size=9) | st.integers(-(2**40), 2**40) | st.booleans()
 OPTIONS = st.dictionaries(st.text(max_size=9), SCALARS | st.floats(-1e9, 1e9), max_size=4)
@@ -165,10 +172,14 @@ def test_job_larger_than_the_reader_accepts_raises_size_limit():
     options=OPTIONS,
     classes=st.lists(st.text(max_size=9), max_size=4).map(tuple),
     totals=st.lists(st.binary(max_size=30), max_size=5),
+    roster=st.sampled_from([Roster(()), ROSTER]),
+    relayed=st.booleans(),
 )
-def test_combined_answer_after_a_round_trip_is_the_same(options, classes, totals):
+def test_combined_answer_after_a_round_trip_is_the_same(options, classes, totals, roster, relayed):
     combined = dataclasses.replace(
         COMBINED,
+        roster=roster,
+        relayed=relayed,
         rule_options=options,
         classes=classes,
         batches=tuple(
@@ -217,6 +228,38 @@ def test_combined_answer_with_bad_batches_raises_typed_error(batches):
     bad = dataclasses.replace(envelope, meta=dict(envelope.meta) | {"batches": batches})
     with pytest.raises(EnvelopeError):
         CombinedAnswer.from_bytes(encode(bad))
+
+
+@pytest.mark.parametrize("value", [v for v in WRONG if v is not True], ids=lambda v: repr(v)[:20])
+def test_combined_answer_whose_relayed_is_no_flag_raises_typed_error(value):
+    envelope = decode(COMBINED.to_bytes())
+    bad = dataclasses.replace(envelope, meta=dict(envelope.meta) | {"relayed": value})
+    with pytest.raises(EnvelopeError):
+        CombinedAnswer.from_bytes(encode(bad))
+
+
+@pytest.mark.parametrize(
+    "roster",
+    [
+        b"x",
+        ROSTER.to_bytes()[:-1],
+        ROSTER.to_bytes()[96:] + ROSTER.to_bytes()[:96],
+        ROSTER.to_bytes()[:96] * 2,
+    ],
+    ids=["one byte", "cut", "out of order", "twice"],
+)
+def test_combined_answer_with_a_bad_roster_raises_typed_error(roster):
+    envelope = decode(COMBINED.to_bytes())
+    sections = tuple((n, roster if n == "roster" else d) for n, d in envelope.sections)
+    with pytest.raises(EnvelopeError):
+        CombinedAnswer.from_bytes(encode(dataclasses.replace(envelope, sections=sections)))
+
+
+def test_combined_answer_without_its_roster_raises_typed_error():
+    envelope = decode(COMBINED.to_bytes())
+    sections = tuple((n, d) for n, d in envelope.sections if n != "roster")
+    with pytest.raises(EnvelopeError):
+        CombinedAnswer.from_bytes(encode(dataclasses.replace(envelope, sections=sections)))
 
 
 @pytest.mark.parametrize("document", [JOB, COMBINED], ids=["job", "combined"])

@@ -16,12 +16,16 @@ from fedinfer_flower.errors import (
     FedInferError,
     ProtocolError,
     ShapeError,
+    SignatureError,
     SizeLimitError,
 )
 from fedinfer_flower.query import CountsKind, SiteProfile
 from fedinfer_flower.wire import messages
+from fedinfer_flower.wire.directory import SiteCard, read_site_card, site_card
 from fedinfer_flower.wire.envelope import Envelope, Kind, WireLimits, decode, encode
+from fedinfer_flower.wire.identity import Identity
 from fedinfer_flower.wire.messages import Question
+from fedinfer_flower.wire.roster import Roster, Seat
 
 RUN, NODE = 77, 1001
 PROFILE = SiteProfile(
@@ -34,6 +38,17 @@ PROFILE = SiteProfile(
     familiarity=True,
     model_card={"kind": "forest"},
     price_per_query=0.25,
+    model_digest="sha256:0a",
+    record_epsilon=2.0,
+    record_delta=1e-5,
+)
+SITE, QUERIER = Identity.generate(), Identity.generate()
+ROSTER = Roster(
+    (
+        Seat(identity=SITE.public, commitment=PROFILE.commitment()),
+        Seat(identity=Identity.generate().public, commitment="0" * 64),
+        Seat(identity=Identity.generate().public, commitment="f" * 64),
+    )
 )
 QUESTION = Question(
     query_id="q-0",
@@ -47,6 +62,10 @@ QUESTION = Question(
     counts_kind=CountsKind.COUNTS,
     public_key=b"key",
     key_id="0f" * 32,
+    roster=ROSTER,
+    querier=QUERIER.public,
+    expires_at=1.5e9,
+    relay=True,
 )
 WRONG = (None, True, 1, -1, 2.5, 10**400, "x", "\ud800", [], [None], {}, {"a": []}, [[1]])
 
@@ -59,8 +78,12 @@ def with_meta(envelope: Envelope, **changes: object) -> Envelope:
     return dataclasses.replace(envelope, meta=dict(envelope.meta) | changes)
 
 
-def profile_envelope() -> Envelope:
-    return messages.site_profile(PROFILE, run_id=RUN, sender=NODE)
+def profile_envelope(profile: SiteProfile = PROFILE) -> Envelope:
+    return site_card(SiteCard.signed(profile, identity=SITE, run_id=RUN), sender=NODE)
+
+
+def read_profile(envelope: Envelope) -> SiteProfile:
+    return read_site_card(envelope, run_id=RUN, sender=NODE).profile
 
 
 def answer_envelope(**changes: object) -> Envelope:
@@ -72,7 +95,7 @@ def answer_envelope(**changes: object) -> Envelope:
 
 def read_answer(envelope: Envelope) -> bytes:
     payload = messages.read_answer(
-        envelope, QUESTION, run_id=RUN, sender=NODE, width=2, commitment="c" * 64
+        envelope, QUESTION, n_queries=2, run_id=RUN, sender=NODE, width=2, commitment="c" * 64
     )
     return bytes(payload)
 
@@ -93,16 +116,23 @@ def test_question_after_a_round_trip_is_the_same():
     assert not seen.inputs.flags.writeable
 
 
+def with_section(name: str, data: bytes) -> dict[str, object]:
+    whole = messages.question(QUESTION, run_id=RUN)
+    return {"sections": tuple((n, data if n == name else d) for n, d in whole.sections)}
+
+
 # For each field the values of `WRONG` that are right for it.
 RIGHT_IN_QUESTION = {
     "classes": (),
     "class-totals": (None,),
     "counts-kind": (),
-    "sites": (1,),
+    "sites": (),  # 1 is not the number of sites in the roster
     "rule": ("x",),
     "rule-options": ({},),
     "protection": ("x",),
     "protection-options": ({},),
+    "expires-at": (1, -1, 2.5),
+    "relay": (True,),
 }
 
 
@@ -165,6 +195,13 @@ def test_question_without_a_field_raises_typed_error(name):
         {"sections": ()},
         {"sections": (("inputs", bytes(24)),)},
         {"sections": (("inputs", bytes(24)), ("public-key", b""), ("more", b""))},
+        with_section("roster", ROSTER.to_bytes()[:-1]),
+        with_section("roster", ROSTER.to_bytes()[96:]),  # a site fewer than "sites" says
+        with_section("roster", ROSTER.to_bytes()[96:] + ROSTER.to_bytes()[:96]),  # order
+        with_section("roster", ROSTER.to_bytes()[:96] * 3),
+        with_section("querier", QUERIER.public.to_bytes()[:-1]),
+        with_section("querier", QUERIER.public.to_bytes() + b"x"),
+        with_section("inputs", bytes(23)),
     ],
     ids=lambda changes: str(changes)[:40],
 )
@@ -172,6 +209,12 @@ def test_question_with_wrong_outer_field_raises_typed_error(changes):
     whole = messages.question(QUESTION, run_id=RUN)
     with pytest.raises(ProtocolError):
         messages.read_question(dataclasses.replace(whole, **changes))
+
+
+def test_question_without_roster_and_querier_is_read():
+    plain = dataclasses.replace(QUESTION, roster=Roster(()), querier=None, n_sites=7)
+    seen = messages.read_question(travelled(messages.question(plain, run_id=RUN)))
+    assert (len(seen.roster), seen.querier, seen.n_sites) == (0, None, 7)
 
 
 def test_question_with_more_rows_than_accepted_raises_size_limit():
@@ -185,7 +228,7 @@ def test_question_with_more_rows_than_accepted_raises_size_limit():
 
 
 def test_profile_after_a_round_trip_is_the_same():
-    seen = messages.read_profile(travelled(profile_envelope()), run_id=RUN, sender=NODE)
+    seen = read_profile(travelled(profile_envelope()))
     assert seen == PROFILE
     assert seen.commitment() == PROFILE.commitment()
 
@@ -201,9 +244,7 @@ def test_profile_of_whole_numbers_commits_to_the_same_after_a_round_trip():
         price_per_query=np.float32(1),
         model_card={"trees": 100},
     )
-    envelope = travelled(messages.site_profile(loose, run_id=RUN, sender=NODE))
-
-    seen = messages.read_profile(envelope, run_id=RUN, sender=NODE)
+    seen = read_profile(travelled(profile_envelope(loose)))
 
     assert seen.commitment() == loose.commitment()
     assert seen == loose
@@ -219,6 +260,9 @@ RIGHT_IN_PROFILE = {
     "familiarity": (True,),
     "model_card": ({},),
     "price_per_query": (1, 2.5),
+    "model_digest": ("x",),
+    "record_epsilon": (1, 2.5),
+    "record_delta": (),
 }
 
 
@@ -227,10 +271,14 @@ RIGHT_IN_PROFILE = {
 def test_profile_with_a_field_of_wrong_type_raises_typed_error(field, value):
     bad = with_meta(profile_envelope(), **{field: value})
     if any(type(value) is type(r) and value == r for r in RIGHT_IN_PROFILE[field]):
-        messages.read_profile(bad, run_id=RUN, sender=NODE)
+        # Right for the field, but not what the site signed, unless it says the same.
+        if getattr(PROFILE, field) != value:
+            with pytest.raises(SignatureError):
+                read_profile(bad)
+        read_profile(profile_envelope(dataclasses.replace(PROFILE, **{field: value})))
         return
     with pytest.raises(EnvelopeError):
-        messages.read_profile(bad, run_id=RUN, sender=NODE)
+        read_profile(bad)
 
 
 @pytest.mark.parametrize(
@@ -252,12 +300,17 @@ def test_profile_with_a_field_of_wrong_type_raises_typed_error(field, value):
         {"price_per_query": -1.0},
         {"model_card": {f"k{i}": "v" for i in range(33)}},
         {"extra": 1},
+        {"model_digest": "x" * 129},
+        {"model_digest": "a\nb"},
+        {"record_epsilon": -1.0},
+        {"record_epsilon": None},  # without its delta's
+        {"record_delta": 1.0},
     ],
     ids=str,
 )
 def test_profile_with_a_value_out_of_range_raises_typed_error(changes):
     with pytest.raises(EnvelopeError):
-        messages.read_profile(with_meta(profile_envelope(), **changes), run_id=RUN, sender=NODE)
+        read_profile(with_meta(profile_envelope(), **changes))
 
 
 @pytest.mark.parametrize(
@@ -265,9 +318,55 @@ def test_profile_with_a_value_out_of_range_raises_typed_error(changes):
 )
 def test_profile_bound_elsewhere_raises_binding_error(changes):
     with pytest.raises(BindingError):
-        messages.read_profile(
-            dataclasses.replace(profile_envelope(), **changes), run_id=RUN, sender=NODE
-        )
+        read_profile(dataclasses.replace(profile_envelope(), **changes))
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        (("identity", SITE.public.to_bytes()), ("signature", bytes(64))),
+        (("identity", QUERIER.public.to_bytes()), profile_envelope().sections[1]),
+        (
+            profile_envelope().sections[0],
+            ("signature", profile_envelope().section("signature")[:-1]),
+        ),
+    ],
+    ids=["no signature", "other keys", "cut"],
+)
+def test_profile_that_its_keys_did_not_sign_raises_signature_error(sections):
+    with pytest.raises(SignatureError):
+        read_profile(dataclasses.replace(profile_envelope(), sections=sections))
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        (),
+        (("identity", SITE.public.to_bytes()),),
+        (("identity", bytes(63)), ("signature", bytes(64))),
+        (*profile_envelope().sections, ("more", b"")),
+    ],
+    ids=["none", "no signature", "short keys", "one more"],
+)
+def test_profile_with_other_sections_raises_envelope_error(sections):
+    with pytest.raises(EnvelopeError):
+        read_profile(dataclasses.replace(profile_envelope(), sections=sections))
+
+
+@pytest.mark.parametrize("point", [bytes(32), b"\x01" + bytes(31)])
+def test_profile_with_an_agreement_key_of_low_order_raises_typed_error(point):
+    # Everybody would know what is agreed on with such a key.
+    keys = dataclasses.replace(SITE.public, agreement_key=point)
+    sections = (("identity", keys.to_bytes()), profile_envelope().sections[1])
+    with pytest.raises(EnvelopeError):
+        read_profile(dataclasses.replace(profile_envelope(), sections=sections))
+
+
+def test_profile_signed_for_another_run_raises_signature_error():
+    other = SiteCard.signed(PROFILE, identity=SITE, run_id=RUN + 1)
+    replayed = dataclasses.replace(site_card(other, sender=NODE), run_id=RUN)
+    with pytest.raises(SignatureError):
+        read_profile(replayed)
 
 
 # -- answers -----------------------------------------------------------------------------
@@ -302,6 +401,8 @@ def test_answer_after_a_round_trip_gives_the_payload():
         ({"sections": ()}, EnvelopeError),
         ({"sections": (("payload", bytes(16)),)}, EnvelopeError),
         ({"sections": (("scores", bytes(16)), ("more", b"x"))}, EnvelopeError),
+        ({"sections": (("scores", bytes(16)),)}, EnvelopeError),
+        ({"sections": (("statement", b""), ("scores", bytes(16)), ("more", b""))}, EnvelopeError),
     ],
     ids=str,
 )
@@ -385,7 +486,7 @@ def test_readers_of_any_envelope_raise_only_typed_errors(kind, meta, shape, payl
     )
     readers = (
         lambda: messages.read_question(envelope),
-        lambda: messages.read_profile(envelope, run_id=RUN, sender=NODE),
+        lambda: read_profile(envelope),
         lambda: read_answer(envelope),
         lambda: messages.read_error(envelope, run_id=RUN, sender=NODE),
     )
