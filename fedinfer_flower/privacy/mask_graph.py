@@ -1,7 +1,7 @@
 """Which sites share a mask with which.
 
 Up to 50 sites, all do. Beyond, every site shares masks with 50 others: they stand on a
-circle, in an order that follows from the session's digest, and each takes the 25 nearest on
+circle, in an order that follows from the roster's digest, and each takes the 25 nearest on
 both sides. Such a circulant graph has the largest connectivity that its degree allows: it
 stays in one piece unless 50 sites are taken out of it. So only the sum of *all* honest sites
 can be isolated, not the sum of a few, as long as fewer than 50 sites drop out or collude.
@@ -25,7 +25,7 @@ FULL_GRAPH_MAX: Final = 50
 _HALF_DEGREE: Final = 25
 
 
-def neighbours(place: int, n_sites: int, session: bytes) -> tuple[int, ...]:
+def neighbours(place: int, n_sites: int, roster: bytes) -> tuple[int, ...]:
     """Return the places that share a mask with `place`, in order.
 
     Parameters
@@ -33,8 +33,9 @@ def neighbours(place: int, n_sites: int, session: bytes) -> tuple[int, ...]:
     place : int
         In [0, n_sites).
     n_sites : int
-    session : bytes
-        Digest that all sites know; fixes the order on the circle.
+    roster : bytes
+        `Roster.digest`; fixes the order on the circle. Nothing that the querier can choose
+        afresh is in it, or it could try keys until a site stands among its friends.
 
     Examples
     --------
@@ -45,18 +46,18 @@ def neighbours(place: int, n_sites: int, session: bytes) -> tuple[int, ...]:
     """
     if n_sites <= FULL_GRAPH_MAX + 1:
         return tuple(p for p in range(n_sites) if p != place)
-    circle, position = _circle(n_sites, session)
+    circle, position = _circle(n_sites, roster)
     here = position[place]
     steps = [*range(-_HALF_DEGREE, 0), *range(1, _HALF_DEGREE + 1)]
     return tuple(sorted(circle[(here + step) % n_sites] for step in steps))
 
 
 @functools.lru_cache(maxsize=16)
-def _circle(n_sites: int, session: bytes) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def _circle(n_sites: int, roster: bytes) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Return (place at each position, position of each place)."""
 
     def key(place: int) -> bytes:
-        return hashlib.sha256(b"fedinfer/v1/circle|" + session + place.to_bytes(4, "big")).digest()
+        return hashlib.sha256(b"fedinfer/v1/circle|" + roster + place.to_bytes(4, "big")).digest()
 
     circle = tuple(sorted(range(n_sites), key=key))
     position = [0] * n_sites

@@ -211,7 +211,8 @@ class MaskedSum:
     # -- parts -------------------------------------------------------------------------
 
     def _neighbours(self, place: int) -> tuple[int, ...]:
-        return neighbours(place, len(self._cohort.roster), self._cohort.session())
+        roster = self._cohort.roster
+        return neighbours(place, len(roster), roster.digest())
 
     def _dropped_beside(self, place: int) -> set[int]:
         return set(self._neighbours(place)) - self._survivors
@@ -322,7 +323,7 @@ def recovery_reply(
         if not masking.self_mask:
             raise EnvelopeError("a confirm round where there are no self-masks")
         return identity.sign(SIGNATURE_DOMAIN, survivors_statement(cohort, asked.survivors))
-    return _reveal(asked, cohort, identity, place, dropped)
+    return _reveal(asked, cohort, identity, place, dropped, masking)
 
 
 def _require_signatures(asked: RecoveryRequest, cohort: Cohort, needed: int) -> None:
@@ -346,12 +347,21 @@ def _reveal(
     identity: Identity,
     place: int,
     dropped: frozenset[int],
+    masking: Masking,
 ) -> bytes:
     session, query_id = cohort.session(), cohort.query_id
     seats = cohort.roster.seats
+    beside = neighbours(place, len(seats), cohort.roster.digest())
+    least = share_threshold(len(beside), masking.dropouts_max(len(seats)))
+    if len(asked.survivors & frozenset(beside)) < least:
+        # With all of them called dropped, this site would strip its own answer.
+        raise ProtectionRefusedError(
+            f"fewer than {least} of the sites that share masks with this one are said to have"
+            " answered"
+        )
     seeds: Records = {}
     shares: Records = {}
-    for other in neighbours(place, len(seats), session):
+    for other in beside:
         pair = pair_key(identity.agreement, seats[other].identity.agreement_key, session)
         if other in dropped:
             seeds[other] = leaf(pair, "pair", query_id)

@@ -37,6 +37,7 @@ from fedinfer_flower.wire.identity import Identity
 __all__ = ["SecAgg"]
 
 RING: Final = 2**32
+_MAX_DROPOUTS_SELF_MASK: Final = 1 / 3 + 1e-9
 
 
 @PROTECTIONS.register("secagg")
@@ -122,6 +123,12 @@ class SecAgg(Protection):
         super().__post_init__()
         if not 0.0 <= self.dropout_share < 0.5:
             raise InvalidValueError(f"dropout_share is in [0, 0.5), got {self.dropout_share!r}")
+        if self.self_mask and self.dropout_share > _MAX_DROPOUTS_SELF_MASK:
+            # More, and two sets of survivors could be confirmed with a few sites' help.
+            raise InvalidValueError(
+                f"with self_mask, dropout_share is at most a third, got {self.dropout_share!r}",
+                hint="dropout_share=1/3",
+            )
 
     def dropouts_max(self, n_sites: int) -> int:
         """Return how many of `n_sites` may fail to answer.
@@ -248,7 +255,7 @@ class _SecAggSite:
         shared = leaf(pair_key(secret, cohort.public_key, session), "querier", query_id)
         masked += mask(shared, count)
         pairs: dict[int, bytes] = {}
-        for other in neighbours(self._place, len(cohort.roster), session):
+        for other in neighbours(self._place, len(cohort.roster), cohort.roster.digest()):
             peer = cohort.roster.seats[other].identity.agreement_key
             pairs[other] = pair_key(secret, peer, session)
             stream = mask(leaf(pairs[other], "pair", query_id), count)

@@ -162,7 +162,7 @@ class Batch:
         return answer.entries.copy()
 
     def neighbours(self, site: int) -> tuple[int, ...]:
-        return neighbours(self.place(site), len(self.sites), self.cohort.session())
+        return neighbours(self.place(site), len(self.sites), self.cohort.roster.digest())
 
     def querier_mask(self, site: int) -> RingArray:
         from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
@@ -222,7 +222,8 @@ def test_sum_is_exact_in_a_thousand_random_schedules() -> None:
         self_mask = number % 6 == 0
         n_sites = int(rng.integers(3, 8 if self_mask else 13))
         protection = SecAgg(
-            self_mask=self_mask, dropout_share=float(rng.choice([0.0, 1 / 3, 0.45]))
+            self_mask=self_mask,
+            dropout_share=float(rng.choice([0.0, 1 / 3, 1 / 3 if self_mask else 0.45])),
         )
         batch = Batch(n_sites, protection, seed=number, query_id=f"q-{number}")
         check_schedule(batch, random_schedule(rng, n_sites, protection))
@@ -607,7 +608,7 @@ def test_site_refuses_recovery_on_other_terms_than_it_answered() -> None:
     weaker = dict(SecAgg(self_mask=False).options())
     for changes in (
         {"protection_options": weaker},
-        {"protection_options": dict(SecAgg(self_mask=True, dropout_share=0.4).options())},
+        {"protection_options": dict(SecAgg(self_mask=True, dropout_share=0.2).options())},
         {"query_id": "q-1"},
         {"public_key": SecAgg().make_keys().public_key},
     ):
@@ -995,3 +996,9 @@ def test_cohort_beyond_the_ring_is_refused() -> None:
     plan = ScorePlan.for_rule(RULE, n_classes=3, n_sites_max=2**24)
     with pytest.raises(CapacityError):
         SecAgg().codec(plan)
+
+
+def test_self_masks_with_more_than_a_third_of_dropouts_are_refused() -> None:
+    with pytest.raises(InvalidValueError, match="at most a third"):
+        SecAgg(self_mask=True, dropout_share=0.4)
+    assert SecAgg(self_mask=True).dropout_share == pytest.approx(1 / 3)
