@@ -75,8 +75,14 @@ class Consent:
         *,
         sealed: bool,
         budgeted: bool,
+        own_key_id: str = "",
     ) -> None:
         """Refuse what the site did not agree to.
+
+        Parameters
+        ----------
+        own_key_id : str
+            The site's own, which does not count as one of its peers.
 
         Raises
         ------
@@ -91,7 +97,7 @@ class Consent:
                 "this site answers sealed queries only",
                 hint="fetch the directory and ask(inputs, directory=...)",
             )
-        self._check_keys(asked, protection, sealed=sealed)
+        self._check_keys(asked, protection, sealed=sealed, own_key_id=own_key_id)
 
     def _check_protection(
         self, asked: Question, protection: Protection, plan: ScorePlan, *, budgeted: bool
@@ -119,7 +125,9 @@ class Consent:
                 f"epsilon {spent[0]:g} a query is above this site's limit of {limit:g}"
             )
 
-    def _check_keys(self, asked: Question, protection: Protection, *, sealed: bool) -> None:
+    def _check_keys(
+        self, asked: Question, protection: Protection, *, sealed: bool, own_key_id: str
+    ) -> None:
         known = self.querier_key_ids
         if known is not None:
             signer = asked.querier.key_id if sealed and asked.querier is not None else ""
@@ -130,8 +138,9 @@ class Consent:
                     hint="give the site the key id that 'fedinfer key' prints; a query"
                     " in clear has no signature, so ask under seal",
                 )
-        if self.peer_key_ids is not None and len(asked.roster):
-            n_known = len(self.peer_key_ids & set(asked.roster.key_ids))
+        # A query without a roster names no site that could be known.
+        if self.peer_key_ids is not None:
+            n_known = len((self.peer_key_ids - {own_key_id}) & set(asked.roster.key_ids))
             # With this site itself, as many as the smallest sum that may be opened.
             if n_known + 1 < protection.least_sites(asked.n_sites):
                 raise UntrustedKeyError(

@@ -31,7 +31,7 @@ def model_digest(model: object) -> str:
         for name, tensor in state_dict().items():
             _feed(digest, name)
             if hasattr(tensor, "detach"):
-                _feed(digest, tensor.detach().to("cpu").contiguous().numpy(force=True))
+                _feed_tensor(digest, tensor.detach().to("cpu").contiguous())
         return digest.hexdigest()
     if hasattr(model, "get_params") and hasattr(model, "__dict__"):
         _walk(digest, model, 0, [_MAX_PARTS])
@@ -60,8 +60,19 @@ def _walk(digest: Any, part: object, depth: int, room: list[int]) -> None:
     else:  # Cython classes such as scikit-learn's trees say what they hold this way
         _feed(digest, type(part).__qualname__)
         state = getattr(part, "__getstate__", lambda: None)()
-        if isinstance(state, dict):
+        # A tuple holds slots beside the dictionary.
+        if isinstance(state, dict | tuple):
             _walk(digest, state, depth + 1, room)
+
+
+def _feed_tensor(digest: Any, tensor: Any) -> None:
+    try:
+        _feed(digest, tensor.numpy(force=True))
+    except TypeError:  # bfloat16 and other types that NumPy does not have
+        import torch
+
+        _feed(digest, f"{tensor.dtype}|{tuple(tensor.shape)}")
+        _feed(digest, tensor.reshape(-1).view(torch.uint8).numpy(force=True))
 
 
 def _feed(digest: Any, value: object) -> None:

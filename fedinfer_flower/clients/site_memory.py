@@ -43,6 +43,9 @@ CREATE TABLE answered (
     context BLOB NOT NULL,
     dropped BLOB
 ) WITHOUT ROWID;
+CREATE TABLE beside (
+    file TEXT PRIMARY KEY
+) WITHOUT ROWID;
 """
 _MAX_CACHED_ROWS: Final = 1_000_000
 _BUDGET: Final = "budget.sqlite"
@@ -152,8 +155,9 @@ class HomeMemory(SiteMemory):
     Raises
     ------
     ConfigError
-        If a file is damaged, of another identity, or can be read by others. Nothing is
-        ever started afresh in its place.
+        If a file is damaged, missing though it was there before, of another identity, or
+        can be read by others. Nothing is ever started afresh in its place. Not noticed: a
+        home that was deleted as a whole, or set back to an older copy.
     """
 
     def __init__(self, home: Path, policy: BudgetPolicy | None = None) -> None:
@@ -166,15 +170,31 @@ class HomeMemory(SiteMemory):
             )
         self.identity = Identity.load_or_create(home / "identity.json")
         key_id = key_fingerprint(self.row_key())
+        # Made before the other files: where one of them is, this one has been. It lists them,
+        # so that one which was deleted is not made anew, with nothing in it.
         self._queries = MemoryFile(
-            home / "queries.sqlite", kind=_KIND, schema=_SCHEMA, key_id=key_id, must_exist=False
+            home / "queries.sqlite",
+            kind=_KIND,
+            schema=_SCHEMA,
+            key_id=key_id,
+            must_exist=any((home / name).exists() for name in (_COHORTS, _ANSWERS, _BUDGET)),
         )
-        self.guard = CohortGuard(home / "cohorts.sqlite", key_id=key_id)
+        with self._queries.transaction(writes=False) as db:
+            known = {str(row[0]) for row in db.execute("SELECT file FROM beside")}
+        self.guard = CohortGuard(home / _COHORTS, key_id=key_id, must_exist=_COHORTS in known)
         self.answers = AnswerCache(
-            home / "answers.sqlite", max_rows=_MAX_CACHED_ROWS, key_id=key_id
+            home / _ANSWERS,
+            max_rows=_MAX_CACHED_ROWS,
+            key_id=key_id,
+            must_exist=_ANSWERS in known,
         )
+        made = {_COHORTS, _ANSWERS}
         if policy is not None:
-            self.budget = SiteBudget(home / _BUDGET, policy)
+            self.budget = SiteBudget(home / _BUDGET, policy, must_exist=_BUDGET in known)
+            made.add(_BUDGET)
+        if not made <= known:
+            with self._queries.transaction() as db:
+                db.executemany("INSERT OR IGNORE INTO beside VALUES (?)", [(n,) for n in made])
 
     def admit(self, query_id: str, context: bytes) -> None:
         """Use up a query id."""
@@ -216,6 +236,8 @@ def home_memory(home: Path, policy: BudgetPolicy | None) -> HomeMemory:
     return HomeMemory(home, policy)
 
 
+_COHORTS: Final = "cohorts.sqlite"
+_ANSWERS: Final = "answers.sqlite"
 _SELECT: Final = "SELECT context, dropped FROM answered WHERE query_id = ?"
 
 

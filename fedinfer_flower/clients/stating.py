@@ -6,9 +6,11 @@ import hashlib
 
 from fedinfer_flower.clients.answering import Answer
 from fedinfer_flower.clients.site_memory import SiteMemory
+from fedinfer_flower.errors import MissingExtraError
 from fedinfer_flower.privacy.accountant import Accountant
 from fedinfer_flower.privacy.charge import Charge
 from fedinfer_flower.query import SiteProfile
+from fedinfer_flower.receipts.checks import HEX
 from fedinfer_flower.receipts.statement import SignedStatement, SiteStatement, cohort_digest
 from fedinfer_flower.wire.messages import Question
 
@@ -41,8 +43,7 @@ def signed_statement(
         epsilon = delta = 0.0
         if not charge.is_free:
             promised_delta = float(answer.protection.options().get("delta", _DELTA))
-            accountant = Accountant(composition="gaussian")
-            epsilon, delta = accountant.epsilon_delta(charge, promised_delta)
+            epsilon, delta = _epsilon_delta(charge, promised_delta)
     statement = SiteStatement(
         query_id=asked.query_id,
         run_id=run_id,
@@ -64,10 +65,26 @@ def signed_statement(
         delta=delta,
         charge=Charge() if charge is None or charge.is_free else charge,
         profile_commitment=profile.commitment(),
-        model_digest=profile.model_digest,
+        model_digest=_sha256_of(profile),
         record_epsilon=profile.record_epsilon,
         record_delta=profile.record_delta,
         payload_digest=hashlib.sha256(answer.payload).hexdigest(),
         issued_at=int(now_s),
     )
     return statement.sign(memory.identity)
+
+
+def _epsilon_delta(charge: Charge, delta: float) -> tuple[float, float]:
+    try:
+        return Accountant(composition="gaussian").epsilon_delta(charge, delta)
+    except MissingExtraError:
+        if not charge.is_pure:
+            raise
+        # Without the extra the sum of epsilons, which holds without a delta.
+        return charge.pure_epsilon, 0.0
+
+
+def _sha256_of(profile: SiteProfile) -> str:
+    # A profile may name its model by other text; the commitment covers that in any case.
+    digest = profile.model_digest.removeprefix("sha256:")
+    return digest if HEX.fullmatch(digest) else ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections.abc import Sequence
 
@@ -15,7 +16,7 @@ from fedinfer_flower.privacy.legality import require_legal
 from fedinfer_flower.wire.directory import Directory
 from fedinfer_flower.wire.documents import QueryJob
 from fedinfer_flower.wire.identity import Identity
-from fedinfer_flower.wire.sealed_job import SealedBatch, SealedJob
+from fedinfer_flower.wire.sealed_job import MAX_SEALED_BATCHES, SealedBatch, SealedJob
 from fedinfer_flower.wire.sealed_query import seal_question
 
 __all__ = ["sealed_job"]
@@ -42,8 +43,14 @@ def sealed_job(
     ConfigError
         If the rule cannot work under the protection, or with what the sites share.
     """
-    if not ttl_s > 0.0:
+    if not (math.isfinite(ttl_s) and ttl_s > 0.0):
         raise InvalidValueError("ttl_s is a positive number of seconds")
+    n_batches = sum(1 for _ in job.batches())
+    if n_batches > MAX_SEALED_BATCHES:
+        raise InvalidValueError(
+            f"{n_batches} batches; a sealed job has at most {MAX_SEALED_BATCHES}",
+            hint="raise batch_size",
+        )
     if len(directory.cards) < protection.min_cohort:
         raise InvalidValueError(
             f"the directory has {len(directory.cards)} sites; {protection.name!r} combines at"

@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
-__all__ = ["ACTIONS", "HELLO", "PING", "PREDICT", "PREFIX", "RECOVER", "message_type"]
+__all__ = [
+    "ACTIONS",
+    "ENCRYPTED",
+    "HELLO",
+    "PING",
+    "PREDICT",
+    "PREFIX",
+    "RECOVER",
+    "message_type",
+]
 
 PREFIX = "query.fi_"
 
@@ -18,7 +27,10 @@ RECOVER = "fi_recover"
 PING = "fi_ping"
 """Is the site's handler alive? Loads no model."""
 
-ACTIONS = (HELLO, PREDICT, RECOVER, PING)
+ENCRYPTED = "fi_encrypted"
+"""One batch of encrypted queries; the reply carries encrypted logits."""
+
+ACTIONS = (HELLO, PREDICT, RECOVER, ENCRYPTED, PING)
 
 
 def message_type(action: str) -> str:

@@ -72,13 +72,17 @@ class SiteCard:
         return Seat(identity=self.identity, commitment=self.profile.commitment())
 
     def require_signature(self) -> None:
-        """Require that the card is by the holder of its keys.
+        """Require that the card is by the holder of its signing key, with keys that work.
 
         Raises
         ------
         SignatureError
             If it is not.
+        EnvelopeError
+            If nothing can be sealed to its agreement key: one such card would otherwise
+            keep everybody from asking all the others.
         """
+        self.identity.require_usable()
         statement = _statement(self.profile, self.identity, self.run_id)
         self.identity.verify(_DOMAIN, statement, self.signature)
 

@@ -7,6 +7,7 @@ what people compare out of band and write into a pin file.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -73,6 +74,17 @@ class PublicIdentity:
         """Read 64 bytes."""
         raw = bytes(data)
         return cls(signing_key=raw[:_KEY_BYTES], agreement_key=raw[_KEY_BYTES:])
+
+    def require_usable(self) -> None:
+        """Require that keys can be agreed on with the agreement key.
+
+        Raises
+        ------
+        EnvelopeError
+            If it is no X25519 public key, or one of low order.
+        """
+        # An exchange is the only check that the library offers; the result is thrown away.
+        _ = Identity.generate().agree(self.agreement_key)
 
     def verify(self, domain: str, data: bytes, signature: bytes) -> None:
         """Require a signature of `data` by this party, made for this purpose.
@@ -180,19 +192,27 @@ class Identity:
         Raises
         ------
         ConfigError
-            If others may read the file, or it holds something else.
+            If others may read the file, it holds something else, or it cannot be read or
+            made.
         """
-        if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            _write_once(path, json.dumps(cls.generate().to_secret()))
-        if path.stat().st_mode & 0o077:
+        try:
+            if not path.exists():
+                path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+                _write_once(path, json.dumps(cls.generate().to_secret()))
+            mode, raw = path.stat().st_mode, path.read_bytes()
+        except OSError as exc:
+            raise ConfigError(
+                f"the identity file {path.name!r} cannot be read or made ({type(exc).__name__})",
+                hint="check the folder's owner and disk; hard links must work in it",
+            ) from None
+        if os.name == "posix" and mode & 0o077:
             raise ConfigError(
                 f"the identity file {path.name!r} can be read by others",
                 hint=f"chmod 600 {path.name}; if others did read it, delete it and pin the new key",
             )
         try:
-            secret = json.loads(path.read_text())
-        except ValueError:
+            secret = json.loads(raw)
+        except (ValueError, RecursionError):
             secret = {}
         return cls.from_secret(secret if isinstance(secret, dict) else {})
 
@@ -212,9 +232,7 @@ def _write_once(path: Path, text: str) -> None:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        try:
+        with contextlib.suppress(FileExistsError):
             os.link(draft, path)
-        except FileExistsError:
-            pass
     finally:
         draft.unlink()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Final
 
 from fedinfer_flower.errors import EnvelopeError
 from fedinfer_flower.query import MAX_CLASSES
@@ -21,7 +22,10 @@ from fedinfer_flower.wire.identity import PublicIdentity
 from fedinfer_flower.wire.roster import Roster
 from fedinfer_flower.wire.sealing import SealedBody
 
-__all__ = ["SealedBatch", "SealedJob"]
+__all__ = ["MAX_SEALED_BATCHES", "SealedBatch", "SealedJob"]
+
+MAX_SEALED_BATCHES: Final = (DEFAULT_LIMITS.max_sections - 3) // 2
+"""Each has two sections, beside the three of the job: more could be written, not read."""
 
 
 @dataclass(frozen=True, kw_only=True)
