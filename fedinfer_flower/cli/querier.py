@@ -56,13 +56,14 @@ def ask(
     from fedinfer_flower.wire.pins import read_pins
 
     options = {} if epsilon is None else {"epsilon": epsilon}
+    known = None if pins is None else read_pins(pins)
     if reuse is not None:
-        querier = Querier.load_secret(reuse)
+        querier = Querier.load_secret(reuse, pins=known)
     else:
         querier = Querier(
             protection=make_protection(protect, options),
             identity=None if identity is None else Identity.load_or_create(identity),
-            pins=None if pins is None else read_pins(pins),
+            pins=known,
         )
     rows = np.load(inputs, allow_pickle=False)
     if directory is not None and not clear:

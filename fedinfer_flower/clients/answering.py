@@ -108,7 +108,7 @@ def answer_question(
             payload,
             querier=asked.querier,
             query_id=asked.query_id,
-            site=memory.identity.key_id,
+            identity=memory.identity,
         )
     return Answer(
         payload=payload, width=plan.width, protection=protection, rule=rule, charged=charged
@@ -130,7 +130,14 @@ def agree(
             " coordinator does not have to add them"
         )
     plan = ScorePlan.for_rule(rule, n_classes=len(asked.classes), n_sites_max=asked.n_sites)
-    consent.check(asked, protection, plan, sealed=sealed, budgeted=memory.budget is not None)
+    consent.check(
+        asked,
+        protection,
+        plan,
+        sealed=sealed,
+        budgeted=memory.budget is not None,
+        own_key_id=memory.identity.key_id,
+    )
     return rule, protection, plan
 
 

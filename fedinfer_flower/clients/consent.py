@@ -30,8 +30,9 @@ class Consent:
         Fingerprints of the queriers that the site answers: of the identity that signed a
         sealed query, or of the key for which it encrypts under `he`. None for anyone.
     peer_key_ids : frozenset of str, optional
-        Fingerprints of the other sites that the site knows. With them, enough of a
-        roster's sites for the smallest sum must be known.
+        Fingerprints of the other sites that the site knows. With them, so many of a
+        roster's sites must be known that made-up ones and dropouts leave no sum of fewer
+        known sites than the smallest cohort: under `he`, all of them.
     require_seal : bool
         Refuse queries that the coordinator could read, or make up.
     max_epsilon_per_query : float, optional
@@ -138,13 +139,17 @@ class Consent:
                     hint="give the site the key id that 'fedinfer key' prints; a query"
                     " in clear has no signature, so ask under seal",
                 )
-        # A query without a roster names no site that could be known.
-        if self.peer_key_ids is not None:
+        # Where no sum hides an answer, the other sites do not matter. A query without a
+        # roster names no site that could be known.
+        if self.peer_key_ids is not None and protection.min_cohort > 1:
             n_known = len((self.peer_key_ids - {own_key_id}) & set(asked.roster.key_ids))
-            # With this site itself, as many as the smallest sum that may be opened.
-            if n_known + 1 < protection.least_sites(asked.n_sites):
+            least = protection.least_sites(asked.n_sites)
+            # Sites that are known may be called dropped: even then a sum must hold as many
+            # known ones, this site included, as any sum must hold sites.
+            needed = max(least, protection.min_cohort + asked.n_sites - least)
+            if n_known + 1 < needed:
                 raise UntrustedKeyError(
                     f"this site knows {n_known} of the other {asked.n_sites - 1} sites of the"
-                    f" query, {protection.least_sites(asked.n_sites) - 1} are needed",
+                    f" query, {needed - 1} are needed",
                     hint="compare key ids with the other sites' operators",
                 )

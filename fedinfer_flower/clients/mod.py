@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Collection
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
@@ -31,18 +32,22 @@ from fedinfer_flower.errors import (
 from fedinfer_flower.privacy.site_budget import BudgetPolicy
 from fedinfer_flower.query import CountsKind
 from fedinfer_flower.wire import messages
-from fedinfer_flower.wire.actions import ACTIONS, HELLO, PREDICT, PREFIX, RECOVER
+from fedinfer_flower.wire.actions import ACTIONS, ENCRYPTED, HELLO, PREDICT, PREFIX, RECOVER
 from fedinfer_flower.wire.directory import SiteCard, site_card
 from fedinfer_flower.wire.envelope import DEFAULT_LIMITS, Envelope, Kind, WireLimits
 from fedinfer_flower.wire.records import pack, unpack
 from fedinfer_flower.wire.recovery import read_recovery, recovered
 from fedinfer_flower.wire.sealed_query import open_question
 
+if TYPE_CHECKING:
+    from fedinfer_flower.clients.encrypted_answering import EncryptedPolicy
+
 __all__ = ["InferenceMod", "inference"]
 
 log = logging.getLogger("fedinfer_flower.site")
 
 _SEE_LOG = "see the site's own log"
+_ENCRYPTED_QUERY = "encrypted-query"
 
 LoadModel = Callable[[Context], object]
 
@@ -81,6 +86,9 @@ class InferenceMod:
         sites that it knows, unless `querier_key_ids` or `peer_key_ids` do.
     budget : BudgetPolicy, optional
         Caps on the privacy that the site spends; needs `home`.
+    encrypted : EncryptedPolicy, optional
+        On what terms the site answers encrypted queries, which it does only where
+        `protections` names ``"encrypted-query"`` and the querier's key is pinned.
     receipts : bool
         Sign a statement with every answer: see `InferenceResult.receipt`.
     limits : WireLimits
@@ -92,6 +100,8 @@ class InferenceMod:
     ------
     InvalidValueError
         For an option out of its range.
+    ConfigError
+        If encrypted queries are set up without consent to them, or beside a budget.
 
     Privacy
     -------
@@ -122,6 +132,7 @@ class InferenceMod:
         max_epsilon_per_query: float | None = None,
         home: str | Path | Callable[[Context], str | Path] | None = None,
         budget: BudgetPolicy | None = None,
+        encrypted: EncryptedPolicy | None = None,
         receipts: bool = True,
         limits: WireLimits = DEFAULT_LIMITS,
         max_models: int = DEFAULT_CAPACITY,
@@ -142,6 +153,18 @@ class InferenceMod:
                 raise InvalidValueError(f"{option} is a collection", hint="write ('he',), not 'he'")
         if max_models < 1:
             raise InvalidValueError("max_models is at least 1")
+        agreed = _ENCRYPTED_QUERY in (protections or ())
+        if encrypted is not None and not agreed:
+            raise ConfigError(
+                "terms for encrypted queries, which the site has not agreed to answer",
+                hint=f"name {_ENCRYPTED_QUERY!r} in protections, with all others that it answers",
+            )
+        if agreed and budget is not None:
+            raise ConfigError(
+                "a site with a privacy budget does not answer encrypted queries: no answer to"
+                " them has noise that the budget could count",
+                hint="drop the budget, or answer under dp, secagg+dp or he+dp only",
+            )
         self._load_model = load_model
         self._share_counts = CountsKind(share_counts)
         self._name = name
@@ -154,6 +177,7 @@ class InferenceMod:
         )
         self._home = home
         self._budget = budget
+        self._encrypted = encrypted
         self._receipts = receipts
         self._limits = limits
         self._max_models = max_models
@@ -219,6 +243,8 @@ class InferenceMod:
             return site_card(card, sender=sender)
         if action == PREDICT and envelope.kind in (Kind.QUERY, Kind.SEALED_QUERY):
             return self._answer(envelope, context)
+        if action == ENCRYPTED and envelope.kind is Kind.QUERY:
+            return self._answer_encrypted(envelope, context)
         if action == RECOVER and envelope.kind is Kind.RECOVER:
             with contained(ModelAnswerError, "recovery failed", hint=_SEE_LOG, pass_typed=True):
                 reply = answer_recovery(read_recovery(envelope), self._memory(context))
@@ -266,6 +292,20 @@ class InferenceMod:
             statement=statement,
         )
 
+    def _answer_encrypted(self, envelope: Envelope, context: Context) -> Envelope:
+        from fedinfer_flower.clients.encrypted_answering import answer_encrypted
+
+        return answer_encrypted(
+            envelope,
+            self._model(context),
+            self._agreed(context),
+            run_id=context.run_id,
+            sender=context.node_id,
+            memory=self._memory(context),
+            limits=self._limits,
+            policy=self._encrypted,
+        )
+
     def _memory(self, context: Context) -> SiteMemory:
         folder = self._folder(context)
         if folder is not None:
@@ -310,11 +350,10 @@ class InferenceMod:
         default = f"site-{context.node_config.get('partition-id', context.node_id)}"
         return str(self._name or context.node_config.get("name", default))[:128]
 
-    @staticmethod
-    def _error(exc: FedInferError, message: Message, context: Context) -> Envelope:
+    def _error(self, exc: FedInferError, message: Message, context: Context) -> Envelope:
         query_id = ""
         try:
-            query_id = unpack(message.content).query_id
+            query_id = unpack(message.content, limits=self._limits).query_id
         except Exception:
             log.debug("the query could not be read at all")
         return messages.error(exc, run_id=context.run_id, sender=context.node_id, query_id=query_id)

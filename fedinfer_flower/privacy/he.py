@@ -334,8 +334,8 @@ class _HeSite:
     def _written(self, n_queries: int, values: Sequence[float]) -> bytes:
         frame = self._frame
         step = frame.scheme.slots
-        chunks = (values[start : start + step] for start in range(0, len(values), step))
-        encrypted = (he_context.encrypt(frame.context, frame.scheme, list(chunk)) for chunk in chunks)
+        chunks = (list(values[start : start + step]) for start in range(0, len(values), step))
+        encrypted = (he_context.encrypt(frame.context, frame.scheme, chunk) for chunk in chunks)
         return frame.write(n_queries, encrypted)
 
 

@@ -68,8 +68,8 @@ def _combine_here(
     side = protection.coordinator_side(plan, n_queries=batch.n_queries, rule=rule, public_key=b"")
     for key_id, sealed in read_relayed(batch.total):
         try:
-            combined.roster.place_of(key_id)
-            payload = open_answer(sealed, identity=identity, query_id=batch.query_id, site=key_id)
+            site = combined.roster.seats[combined.roster.place_of(key_id)].identity
+            payload = open_answer(sealed, identity=identity, query_id=batch.query_id, site=site)
             side.add(payload, sender=key_id)
         except FedInferError as exc:
             log.warning("%s", exc.at_site(key_id[:16]))

@@ -86,7 +86,11 @@ class Querier:
 
     @property
     def key_id(self) -> str:
-        """Fingerprint of the public key: what a site pins, out of band."""
+        """Fingerprint of this session's public key, for the protection; may be empty.
+
+        What a site pins under `he` in clear. Under seal it pins the identity that signs:
+        ``querier.identity.key_id``.
+        """
         return self._keys.key_id
 
     @overload
@@ -155,6 +159,11 @@ class Querier:
                 "queries are sealed to the sites of a directory, or asked in clear: one of both",
                 hint="ask(inputs, directory=Directory.from_bytes(...)); with clear=True the"
                 " coordinator reads the queries",
+            )
+        if clear and rule != "auto":
+            raise ConfigError(
+                "in clear the coordinator picks the rule, not the querier",
+                hint="FedEnsemble(rule=...), or ask under seal",
             )
         job = QueryJob(
             job_id=secrets.token_hex(16),
@@ -230,8 +239,8 @@ class Querier:
         )
 
     @classmethod
-    def load_secret(cls, path: str | Path) -> Querier:
-        """Return the querier whose state `save_secret` wrote."""
+    def load_secret(cls, path: str | Path, *, pins: Pins | None = None) -> Querier:
+        """Return the querier whose state `save_secret` wrote; pins are not part of it."""
         from fedinfer_flower.querier.secret_file import read_secret
 
         state = read_secret(Path(path))
@@ -239,6 +248,7 @@ class Querier:
             protection=state.protection,
             keys=state.keys,
             identity=state.identity,
+            pins=pins,
             tie_seed=state.tie_seed,
         )
         querier._asked = dict(state.asked)

@@ -199,6 +199,8 @@ def site_pins(receipt: Receipt, *, pins: Mapping[str, str] | None) -> str:
     if pins is None:
         raise NotCheckedError("no pins were given: whose keys these are is not known")
     for member in receipt.cohort:
+        if member.key_id in pins.values() and member.name == f"key {member.key_id[:16]}":
+            continue  # a site that was not there: the coordinator does not know its name
         if member.name not in pins:
             raise UntrustedKeyError(f"site {member.name!r} is not pinned")
         if pins[member.name] != member.key_id:

@@ -341,6 +341,7 @@ class FedEnsemble(InferenceStrategy):
                 tuple(reports),
                 prepared.cards,
                 key_at_coordinator=self._key_here,
+                roster=combined.roster,
             ),
         )
         log.info("%s", result.summary())

@@ -18,7 +18,7 @@ from fedinfer_flower.query import (
     SiteOutcome,
     SiteStatus,
 )
-from fedinfer_flower.receipts.statement import SignedStatement
+from fedinfer_flower.receipts.statement import SignedStatement, cohort_digest
 from fedinfer_flower.strategies.onboarding import read_arrival
 from fedinfer_flower.strategies.pull_loop import Arrival
 from fedinfer_flower.strategies.relaying import RelaySide
@@ -148,13 +148,24 @@ class QueryRound:
             return None
         signed = SignedStatement.from_bytes(raw)
         signed.verify()
-        said = signed.statement
+        said, querier = signed.statement, self.asked.querier
         facts = (
             (said.query_id, self.asked.query_id),
             (said.run_id, self._run_id),
             (said.site_key_id, self._cards[node_id].key_id),
             (said.n_rows, self.n_queries),
+            (said.site, self._cards[node_id].profile.name),
+            (said.profile_commitment, self._cards[node_id].profile.commitment()),
             (said.protection, self._protection.name),
+            (dict(said.protection_options), dict(self._protection.options())),
+            (said.rule, self._rule.name),
+            (dict(said.rule_options), dict(self._rule.options())),
+            (said.query_sealed, self.asked.querier is not None),
+            (said.querier_key_id, "" if querier is None else querier.key_id),
+            (said.session_key_id, self.asked.key_id),
+            (said.n_sites_asked, self.asked.n_sites),
+            (said.cohort_digest, cohort_digest(self.asked.roster.key_ids)),
+            (said.min_cohort, self._protection.min_cohort),
             (said.payload_digest, hashlib.sha256(payload).hexdigest()),
         )
         if any(is_said != is_so for is_said, is_so in facts):

@@ -5,10 +5,9 @@ from __future__ import annotations
 from fedinfer_flower.errors import BindingError, SizeLimitError
 from fedinfer_flower.privacy.base import Protection, ScorePlan
 from fedinfer_flower.wire.relayed import pack_relayed
+from fedinfer_flower.wire.sealed_query import ANSWER_SEAL_BYTES
 
 __all__ = ["RelaySide"]
-
-_SEAL_BYTES = 48
 
 
 class RelaySide:
@@ -29,7 +28,7 @@ class RelaySide:
     def __init__(self, protection: Protection, plan: ScorePlan, *, most_bytes: int) -> None:
         self._protection, self._plan = protection, plan
         self._answers: dict[str, bytes] = {}
-        self._most_bytes = most_bytes + _SEAL_BYTES
+        self._most_bytes = most_bytes + ANSWER_SEAL_BYTES
 
     @property
     def n_sites(self) -> int:

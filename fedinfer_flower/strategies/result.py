@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from fedinfer_flower.errors import MissingExtraError
 from fedinfer_flower.query import Prediction, QueryReport, SiteProfile, SiteStatus
 from fedinfer_flower.receipts.receipt import Receipt
 from fedinfer_flower.wire.documents import CombinedAnswer
@@ -106,7 +107,10 @@ class InferenceResult:
                 "├── WARNING: the coordinator held the secret key:"
                 f" {first.protection!r} protects nothing from the server"
             )
-        total = self.epsilon_delta_total()
+        try:
+            total = self.epsilon_delta_total()
+        except MissingExtraError:  # the run is done; only the sum of its epsilon is not
+            total = None
         if total is not None:
             lines.append(
                 f"├── epsilon: {first.epsilon_per_query:g} a query and site; for all"
@@ -119,7 +123,10 @@ class InferenceResult:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for JSON: no scores, no labels."""
-        total = self.epsilon_delta_total()
+        try:
+            total = self.epsilon_delta_total()
+        except MissingExtraError:
+            total = None
         return {
             "queries": self.n_queries,
             "seconds": self.seconds,

@@ -84,9 +84,10 @@ class QueryJob:
         ):
             raise InvalidValueError("a job names at least one class, and none twice")
         n_batches = -(-len(self.inputs) // self.batch_size)
-        if n_batches > DEFAULT_LIMITS.max_sections:
+        # One section of the combined answer is its roster.
+        if n_batches > DEFAULT_LIMITS.max_sections - 1:
             raise InvalidValueError(
-                f"{n_batches} batches; the limit is {DEFAULT_LIMITS.max_sections}",
+                f"{n_batches} batches; the limit is {DEFAULT_LIMITS.max_sections - 1}",
                 hint="raise batch_size",
             )
 

@@ -173,9 +173,11 @@ def _batch(row: object, number: int, envelope: Envelope, limits: WireLimits) -> 
     if not isinstance(row, list) or len(row) != 2:
         raise EnvelopeError("a sealed batch is not an id with a number")
     named = dict(zip(("query", "rows"), row, strict=True))
+    # A coordinator makes room for as many rows as a job claims: a row has a byte at least.
+    most = min(limits.max_rows, max(len(envelope.section(f"body-{number}")), 1))
     return SealedBatch(
         query_id=fields.text(named, "query", max_chars=64),
-        n_queries=fields.whole(named, "rows", low=1, high=limits.max_rows),
+        n_queries=fields.whole(named, "rows", low=1, high=most),
         sealed=SealedBody(
             body=envelope.section(f"body-{number}"), wraps=envelope.section(f"wraps-{number}")
         ),

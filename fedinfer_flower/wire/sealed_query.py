@@ -23,6 +23,7 @@ from fedinfer_flower.wire.messages import Question, question, read_question
 from fedinfer_flower.wire.sealing import SealedBody, open_body, open_sealed, seal_for, seal_to
 
 __all__ = [
+    "ANSWER_SEAL_BYTES",
     "open_answer",
     "open_question",
     "seal_answer",
@@ -31,7 +32,11 @@ __all__ = [
 ]
 
 _DOMAIN: Final = "query"
+_ANSWER_DOMAIN: Final = "answer"
 _SIGNATURE_BYTES: Final = 64
+
+ANSWER_SEAL_BYTES: Final = 48 + _SIGNATURE_BYTES
+"""By how much a sealed answer is longer than its payload."""
 
 
 def seal_question(asked: Question, *, identity: Identity, run_id: int) -> SealedBody:
@@ -89,28 +94,44 @@ def open_question(
     return asked
 
 
-def seal_answer(payload: bytes, *, querier: PublicIdentity, query_id: str, site: str) -> bytes:
-    """Seal one site's answer to the querier; `site` is the site's key id."""
-    return seal_to(querier, payload, info=_answer_info(query_id, site))
+def seal_answer(
+    payload: bytes, *, querier: PublicIdentity, query_id: str, identity: Identity
+) -> bytes:
+    """Sign one site's answer and seal it to the querier.
+
+    Returns
+    -------
+    sealed : bytes
+        `ANSWER_SEAL_BYTES` longer than the payload.
+    """
+    info = _answer_info(query_id, identity.key_id)
+    signature = identity.sign(_ANSWER_DOMAIN, info + payload)
+    return seal_to(querier, signature + payload, info=info)
 
 
 def open_answer(
-    sealed: bytes | memoryview, *, identity: Identity, query_id: str, site: str
+    sealed: bytes | memoryview, *, identity: Identity, query_id: str, site: PublicIdentity
 ) -> bytes:
-    """Open one site's answer at the querier.
+    """Open one site's answer at the querier, and require the site's signature.
 
     Raises
     ------
     SealError
         If it is of another batch or site, or was altered.
+    SignatureError
+        If the site did not sign it: anybody can seal to the querier.
     """
+    info = _answer_info(query_id, site.key_id)
     try:
-        return open_sealed(identity, sealed, info=_answer_info(query_id, site))
+        opened = open_sealed(identity, sealed, info=info)
     except SealError:
         raise SealError(
-            f"the answer under key {site[:16]} does not open: it was altered, or is of"
+            f"the answer under key {site.key_id[:16]} does not open: it was altered, or is of"
             " another batch"
         ) from None
+    payload = opened[_SIGNATURE_BYTES:]
+    site.verify(_ANSWER_DOMAIN, info + payload, opened[:_SIGNATURE_BYTES])
+    return payload
 
 
 def _info(query_id: str, run_id: int) -> bytes:

@@ -123,7 +123,7 @@ class Slots:
         ({"a": Slots(1)}, {"a": Slots(2)}),
         ({"a": Estimator(b=1)}, {"a": Estimator(b=2)}),
     ],
-    ids=str,
+    ids=lambda value: type(value).__name__,
 )
 def test_digest_tells_attributes_apart(one, two):
     assert model_digest(Estimator(**one)) != model_digest(Estimator(**two))

@@ -330,9 +330,6 @@ def test_relayed_answer_under_another_site_s_name_is_left_out(make_federation):
     assert querier.totals(combined).sum() == pytest.approx(2 * len(ROWS), rel=1e-5)
 
 
-@pytest.mark.xfail(
-    reason="answers are sealed to the querier, not signed by their sites", strict=True
-)
 def test_relayed_answer_that_the_coordinator_made_up_is_left_out(make_federation):
     federation = make_federation()
     querier, job, result = federation.ask(federation.strategy("plain"))

@@ -135,7 +135,6 @@ def test_own_key_in_the_list_of_peers_is_no_peer():
         check(everyone, asked, own_key_id=OWN.key_id)
 
 
-@pytest.mark.xfail(reason="the site does not tell its consent which key is its own", strict=True)
 def test_own_key_in_the_list_of_peers_is_no_peer_at_a_site(make_federation):
     federation = make_federation()
     directory = federation.strategy("secagg").directory(federation.grid)

@@ -141,7 +141,6 @@ def test_site_that_lies_in_its_statement_does_not_end_the_run(make_federation, l
     assert len(querier.open(result.combined)) == len(ROWS)
 
 
-@pytest.mark.xfail(reason="some facts of a statement are not compared at its arrival", strict=True)
 @pytest.mark.parametrize("lie", SPOILERS.values(), ids=SPOILERS)
 def test_site_that_lies_in_its_statement_does_not_spoil_the_receipt(make_federation, lie):
     federation = make_federation(wrap=lying(restated(**lie)))

@@ -113,7 +113,7 @@ def test_job_that_cannot_be_asked_is_refused(changes):
 
 
 def test_job_with_longest_id_gives_query_ids_that_travel():
-    job = dataclasses.replace(JOB, job_id="a" * 56, inputs=np.zeros((1024, 1)), batch_size=1)
+    job = dataclasses.replace(JOB, job_id="a" * 56, inputs=np.zeros((1023, 1)), batch_size=1)
     *_, (query_id, _) = job.batches()
     assert decode(encode(Envelope(kind=Kind.QUERY, query_id=query_id))).query_id == query_id
 

@@ -197,6 +197,7 @@ def test_envelope_with_other_sections_is_refused():
     )
 )
 def test_job_round_trip(rows):
+    rows = [(min(n, max(len(body), 1)), body, wraps) for n, body, wraps in rows]
     batches = tuple(
         SealedBatch(query_id=f"job-{i}", n_queries=n, sealed=SealedBody(body=b, wraps=w))
         for i, (n, b, w) in enumerate(rows)
@@ -209,6 +210,13 @@ def test_job_round_trip(rows):
         assert bytes(theirs.sealed.body) == ours.sealed.body
         assert bytes(theirs.sealed.wraps) == ours.sealed.wraps
     assert two.n_queries == sum(n for n, _, _ in rows)
+
+
+def test_job_with_more_rows_than_bytes_is_refused():
+    sealed = SealedBody(body=bytes(20), wraps=b"w")
+    raw = job(batches=(SealedBatch(query_id="job-0", n_queries=21, sealed=sealed),)).to_bytes()
+    with pytest.raises(EnvelopeError, match="rows"):
+        SealedJob.from_bytes(raw)
 
 
 def test_every_altered_byte_of_a_job_is_refused_or_changes_no_payload():
