@@ -69,7 +69,7 @@ def test_named_sources_and_tests_of_page_exist(page):
         source = ROOT / path
         if not source.exists() or (test and f"def {test}(" not in source.read_text()):
             missing.append(f"{path}::{test}")
-    package = "clients|ensemble|privacy|querier|simulation|strategies|wire"
+    package = "|".join(path.name for path in (ROOT / "fedinfer_flower").iterdir() if path.is_dir())
     for path, thing in re.findall(rf"`((?:{package})/[\w/]+\.py)`(?:, `([\w.]+)`)?", text):
         source = ROOT / "fedinfer_flower" / path
         last = thing.rpartition(".")[2]
@@ -130,6 +130,58 @@ def test_run_config_page_has_every_key_with_its_default():
 def test_index_links_to_every_page():
     index = (DOCS / "README.md").read_text()
     linked = set(re.findall(r"\]\(([^)#\s]+)\)", index))
-    pages = {str(page.relative_to(DOCS)) for page in DOCS.rglob("*.md")} - {"README.md"}
-    # Other people's pages may be on their way; ours are not.
-    assert pages - linked <= {"benchmarks.md"}
+    assert {str(page.relative_to(DOCS)) for page in DOCS.rglob("*.md")} - {"README.md"} <= linked
+
+
+def test_threat_model_has_a_row_and_a_section_for_every_mode():
+    from fedinfer_flower.receipts.disclosure import MODES
+
+    text = (DOCS / "explanation" / "threat-model.md").read_text()
+    rows = set(re.findall(r"^\| \*\*`([\w+-]+)`\*\*", text, flags=re.M))
+    sections = set(re.findall(r"^### `([\w+-]+)`", text, flags=re.M))
+    assert rows == sections == set(MODES)
+
+
+def test_protection_tables_name_every_protection():
+    from fedinfer_flower.privacy.base import PROTECTIONS
+
+    ours = {
+        name
+        for name in PROTECTIONS.names()
+        if PROTECTIONS.get(name).__module__.startswith("fedinfer_flower.")
+    }
+    readme = (ROOT / "README.md").read_text().partition("## Which protection")[2]
+    assert ours <= set(re.findall(r"^\| `([\w+-]+)`", readme, flags=re.M))
+    text = (DOCS / "how-to" / "choose-a-protection.md").read_text().partition("## Side by side")[2]
+    header = next(line for line in text.splitlines() if line.startswith("|"))
+    assert set(re.findall(r"`([\w+-]+)`", header)) == ours
+
+
+def test_command_line_page_names_every_command():
+    import typer
+
+    from fedinfer_flower.cli.main import app
+
+    def paths(group, words):
+        for name, command in sorted(group.commands.items()):
+            if hasattr(command, "commands"):
+                yield from paths(command, [*words, name])
+            else:
+                yield " ".join([*words, name])
+
+    text = (DOCS / "reference" / "command-line.md").read_text()
+    listed = re.findall(r"^\| `(fedinfer [a-z ]+)` \|", text, flags=re.M)
+    assert sorted(listed) == sorted(paths(typer.main.get_command(app), ["fedinfer"]))
+
+
+def test_querier_ask_options_of_command_line_page_are_those_of_the_command():
+    import typer
+
+    from fedinfer_flower.cli.main import app
+
+    ask = typer.main.get_command(app).commands["querier"].commands["ask"]
+    options = {option for parameter in ask.params for option in parameter.opts}
+    text = (DOCS / "reference" / "command-line.md").read_text()
+    table = text.partition("## `fedinfer querier ask`")[2].partition("\n\nHow")[0]
+    cells = re.findall(r"^\| (`--[^|]+) \|", table, flags=re.M)
+    assert {o for cell in cells for o in re.findall(r"`(--[\w-]+)`", cell)} == options
