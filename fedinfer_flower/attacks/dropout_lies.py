@@ -151,7 +151,7 @@ def _unmasked(evidence: MaskedBatch) -> Array:
         secret = X25519PrivateKey.from_private_bytes(batch.keys.secret_key)
         site = batch.identities[0].public.agreement_key
         shared = pair_key(secret, site, batch.cohort.session())
-        entries = entries - mask(leaf(shared, "querier", batch.cohort.query_id), count)
+        entries = entries - mask(leaf(shared, "querier", batch.cohort.batch_id), count)
     decoded = protection.codec(batch.plan).decode(entries)
     return np.asarray(decoded, dtype=float).reshape(evidence.scores[0].shape)
 

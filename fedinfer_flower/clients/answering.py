@@ -57,6 +57,7 @@ def answer_question(
     memory: SiteMemory,
     *,
     sealed: bool,
+    content: bytes,
     now_s: float,
 ) -> Answer:
     """Answer a question, or refuse it before anything is spent.
@@ -70,6 +71,8 @@ def answer_question(
     ----------
     sealed : bool
         Whether the question came sealed, with its querier's signature.
+    content : bytes
+        Digest of the message that asked.
     now_s : float
         Seconds since 1970.
 
@@ -84,7 +87,7 @@ def answer_question(
             hint="ask again, with a longer ttl_s; are the clocks right?",
         )
     rule, protection, plan = agree(asked, consent, memory, sealed=sealed)
-    cohort = _cohort(asked, protection, model, memory)
+    cohort = _cohort(asked, protection, model, memory, content)
     side = protection.site_side(
         plan, public_key=asked.public_key, cohort=cohort, identity=memory.identity
     )
@@ -142,7 +145,11 @@ def agree(
 
 
 def _cohort(
-    asked: Question, protection: Protection, model: SiteModel, memory: SiteMemory
+    asked: Question,
+    protection: Protection,
+    model: SiteModel,
+    memory: SiteMemory,
+    content: bytes,
 ) -> Cohort | None:
     """Return the cohort, after finding this site in it with its present model."""
     if not len(asked.roster):
@@ -157,7 +164,12 @@ def _cohort(
         )
     if not protection.needs_roster:
         return None
-    return Cohort(query_id=asked.query_id, roster=asked.roster, public_key=asked.public_key)
+    return Cohort(
+        query_id=asked.query_id,
+        roster=asked.roster,
+        public_key=asked.public_key,
+        content=content,
+    )
 
 
 def _admit(

@@ -35,7 +35,7 @@ from fedinfer_flower.wire import messages
 from fedinfer_flower.wire.actions import ACTIONS, ENCRYPTED, HELLO, PREDICT, PREFIX, RECOVER
 from fedinfer_flower.wire.directory import SiteCard, site_card
 from fedinfer_flower.wire.envelope import DEFAULT_LIMITS, Envelope, Kind, WireLimits
-from fedinfer_flower.wire.records import pack, unpack
+from fedinfer_flower.wire.records import content_digest, pack, unpack
 from fedinfer_flower.wire.recovery import read_recovery, recovered
 from fedinfer_flower.wire.sealed_query import open_question
 
@@ -242,7 +242,7 @@ class InferenceMod:
             card = SiteCard.signed(profile, identity=identity, run_id=run_id)
             return site_card(card, sender=sender)
         if action == PREDICT and envelope.kind in (Kind.QUERY, Kind.SEALED_QUERY):
-            return self._answer(envelope, context)
+            return self._answer(envelope, context, content_digest(message.content))
         if action == ENCRYPTED and envelope.kind is Kind.QUERY:
             return self._answer_encrypted(envelope, context)
         if action == RECOVER and envelope.kind is Kind.RECOVER:
@@ -253,7 +253,7 @@ class InferenceMod:
             return Envelope(kind=Kind.PING, run_id=run_id, sender=sender)
         raise EnvelopeError(f"action {action!r} does not take a {envelope.kind.value} envelope")
 
-    def _answer(self, envelope: Envelope, context: Context) -> Envelope:
+    def _answer(self, envelope: Envelope, context: Context, content: bytes) -> Envelope:
         memory = self._memory(context)
         sealed = envelope.kind is Kind.SEALED_QUERY
         if sealed:
@@ -268,7 +268,13 @@ class InferenceMod:
         ):
             now_s = time.time()
             answer = answer_question(
-                model, asked, self._agreed(context), memory, sealed=sealed, now_s=now_s
+                model,
+                asked,
+                self._agreed(context),
+                memory,
+                sealed=sealed,
+                content=content,
+                now_s=now_s,
             )
             statement = b""
             if self._receipts and len(asked.roster):

@@ -37,7 +37,12 @@ def answer_recovery(call: RecoveryCall, memory: SiteMemory) -> bytes:
     protection = make_protection(call.protection, dict(call.protection_options))
     if not isinstance(protection, SecAgg):
         raise ProtectionRefusedError(f"there is nothing to recover under {protection.name!r}")
-    cohort = Cohort(query_id=call.query_id, roster=call.roster, public_key=call.public_key)
+    cohort = Cohort(
+        query_id=call.query_id,
+        roster=call.roster,
+        public_key=call.public_key,
+        content=call.content,
+    )
     if memory.answered(call.query_id) != recovery_context(cohort, protection):
         raise BindingError("the recovery does not belong to the batch that this site answered")
     return protection.recovery_reply(

@@ -23,6 +23,10 @@ class Cohort:
     roster : Roster
     public_key : bytes
         The querier's, of this session.
+    content : bytes
+        Digest of the very message that asked. Two questions under one query id then have
+        other masks: a coordinator that asks twice at once, where a site's memory cannot
+        see it, learns nothing from the difference.
 
     Examples
     --------
@@ -33,6 +37,7 @@ class Cohort:
     query_id: str
     roster: Roster
     public_key: bytes
+    content: bytes = b""
 
     def session(self) -> bytes:
         """Return a digest of roster and querier: 32 bytes, the same for all batches of a job."""
@@ -42,7 +47,12 @@ class Cohort:
 
     def context(self) -> bytes:
         """Return a digest of everything: what a site remembers of a batch, 32 bytes."""
-        return hashlib.sha256(self.session() + self.query_id.encode()).digest()
+        return hashlib.sha256(self.session() + self.batch_id.encode()).digest()
+
+    @property
+    def batch_id(self) -> str:
+        """Query id and content: what masks are derived for."""
+        return f"{self.query_id}|{self.content.hex()}"
 
 
 def bitmap(places: set[int] | frozenset[int], size: int) -> bytes:

@@ -249,7 +249,7 @@ class MaskedSum:
 
     def _unmask(self) -> None:
         total = self._sum.copy()
-        query_id = self._cohort.query_id
+        query_id = self._cohort.batch_id
         for place in self._survivors:
             missing = self._dropped_beside(place) - self._seeds.get(place, {}).keys()
             if missing:
@@ -349,7 +349,7 @@ def _reveal(
     dropped: frozenset[int],
     masking: Masking,
 ) -> bytes:
-    session, query_id = cohort.session(), cohort.query_id
+    session, query_id = cohort.session(), cohort.batch_id
     seats = cohort.roster.seats
     beside = neighbours(place, len(seats), cohort.roster.digest())
     least = share_threshold(len(beside), masking.dropouts_max(len(seats)))

@@ -250,7 +250,7 @@ class _SecAggSite:
         values = entries.ravel() & (RING - 1)
         masked = values.astype(np.uint32)
         cohort, secret = self._cohort, self._identity.agreement
-        session, query_id = cohort.session(), cohort.query_id
+        session, query_id = cohort.session(), cohort.batch_id
         count = masked.size
         shared = leaf(pair_key(secret, cohort.public_key, session), "querier", query_id)
         masked += mask(shared, count)
@@ -275,7 +275,7 @@ class _SecAggSite:
         threshold = share_threshold(len(pairs), n_dropouts)
         shares = split(secret, threshold, len(pairs))
         return tuple(
-            seal_share(share, pair, self._cohort.query_id, sender=self._place)
+            seal_share(share, pair, self._cohort.batch_id, sender=self._place)
             for share, pair in zip(shares, pairs.values(), strict=True)
         )
 
@@ -304,7 +304,7 @@ class _SecAggQuerier:
         entries, session = opened.entries.copy(), cohort.session()
         for place in opened.survivors:
             site = cohort.roster.seats[place].identity.agreement_key
-            seed = leaf(pair_key(self._secret, site, session), "querier", cohort.query_id)
+            seed = leaf(pair_key(self._secret, site, session), "querier", cohort.batch_id)
             entries -= mask(seed, count)
         scores = self._protection.codec(self._plan).decode(entries)
         # A mask that is left anywhere spreads entries over the whole ring.

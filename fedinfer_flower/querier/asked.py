@@ -26,6 +26,8 @@ class SealedTerms:
     classes : tuple of str
     roster : Roster
     relay : bool
+    contents : tuple of bytes
+        Digest of the message of each batch.
     """
 
     run_id: int
@@ -34,6 +36,7 @@ class SealedTerms:
     classes: tuple[str, ...]
     roster: Roster = field(repr=False)
     relay: bool
+    contents: tuple[bytes, ...] = field(repr=False)
 
     def require(self, combined: CombinedAnswer) -> None:
         """Require that a combined answer was made on these terms.
@@ -50,6 +53,7 @@ class SealedTerms:
             "number of sites": (len(self.roster), combined.n_sites_asked),
             "roster": (self.roster, combined.roster),
             "way of relaying": (self.relay, combined.relayed),
+            "message": (self.contents, tuple(bytes(b.content) for b in combined.batches)),
         }
         for name, (asked, answered) in terms.items():
             if asked != answered:
@@ -84,6 +88,7 @@ class AskedJob:
                 "classes": list(terms.classes),
                 "roster": base64.b64encode(terms.roster.to_bytes()).decode(),
                 "relay": terms.relay,
+                "contents": [content.hex() for content in terms.contents],
             },
         }
 
@@ -102,5 +107,6 @@ class AskedJob:
                 classes=tuple(str(c) for c in terms["classes"]),
                 roster=Roster.from_bytes(base64.b64decode(terms["roster"], validate=True)),
                 relay=bool(terms["relay"]),
+                contents=tuple(bytes.fromhex(c) for c in terms["contents"]),
             ),
         )

@@ -44,7 +44,12 @@ def open_batch(
         rule, n_classes=len(combined.classes), n_sites_max=combined.n_sites_asked
     )
     cohort = (
-        Cohort(query_id=batch.query_id, roster=combined.roster, public_key=keys.public_key)
+        Cohort(
+            query_id=batch.query_id,
+            roster=combined.roster,
+            public_key=keys.public_key,
+            content=bytes(batch.content),
+        )
         if protection.needs_roster
         else None
     )

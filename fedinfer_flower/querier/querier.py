@@ -16,7 +16,7 @@ from fedinfer_flower.privacy.base import KeyPair, Protection, make_protection
 from fedinfer_flower.privacy.key_presence import note_secret
 from fedinfer_flower.querier.asked import AskedJob, SealedTerms
 from fedinfer_flower.querier.opening import OpenedBatch, open_batch
-from fedinfer_flower.querier.sealing_job import sealed_job
+from fedinfer_flower.querier.sealing_job import content_of, sealed_job
 from fedinfer_flower.query import Prediction
 from fedinfer_flower.wire.directory import Directory
 from fedinfer_flower.wire.documents import CombinedAnswer, CombinedBatch, QueryJob
@@ -198,6 +198,7 @@ class Querier:
             classes=sealed.classes,
             roster=sealed.roster,
             relay=sealed.relay,
+            contents=tuple(content_of(batch, run_id=sealed.run_id) for batch in sealed.batches),
         )
         self._asked[job.job_id] = AskedJob(batches=batches, sealed=terms)
         return sealed

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import math
 import time
 from collections.abc import Sequence
@@ -15,11 +16,12 @@ from fedinfer_flower.privacy.base import KeyPair, Protection
 from fedinfer_flower.privacy.legality import require_legal
 from fedinfer_flower.wire.directory import Directory
 from fedinfer_flower.wire.documents import QueryJob
+from fedinfer_flower.wire.envelope import encode
 from fedinfer_flower.wire.identity import Identity
 from fedinfer_flower.wire.sealed_job import MAX_SEALED_BATCHES, SealedBatch, SealedJob
-from fedinfer_flower.wire.sealed_query import seal_question
+from fedinfer_flower.wire.sealed_query import seal_question, sealed_query_envelope
 
-__all__ = ["sealed_job"]
+__all__ = ["content_of", "sealed_job"]
 
 
 def sealed_job(
@@ -61,7 +63,8 @@ def sealed_job(
         None if rule == "auto" else make_rule(rule, {}), protection, profiles
     )
     require_legal(chosen, protection)
-    relay = protection.reveals is Disclosure.SCORES
+    # What is bound to a roster is combined elsewhere: by masks, or in an enclave.
+    relay = protection.reveals is Disclosure.SCORES and not protection.needs_roster
     template = question_template(
         inputs=job.inputs,
         rule=chosen,
@@ -104,3 +107,13 @@ def sealed_job(
         relay=relay,
         batches=batches,
     )
+
+
+def content_of(batch: SealedBatch, *, run_id: int) -> bytes:
+    """Return the digest of the message in which a coordinator passes a batch on.
+
+    Masks are bound to it: a coordinator that passes on anything else gets a sum that the
+    querier cannot open.
+    """
+    envelope = sealed_query_envelope(batch.sealed, query_id=batch.query_id, run_id=run_id)
+    return hashlib.sha256(encode(envelope)).digest()

@@ -27,7 +27,10 @@ class Party(StrEnum):
 
 _EVERY: Final = "every answer"
 _POISON: Final = "not the others' answers; can send any answer within its rule's bound"
-_UNSEEN_POISON: Final = f"{_POISON}, which nobody sees"
+_UNSEEN_POISON: Final = (
+    "not the others' answers; can send any answer, which nobody sees, also beyond its rule's"
+    " bound while the sum stays within that of all sites"
+)
 _OWN_KEY: Final = (
     "if it puts its own key in place of the querier's and the site does not pin the querier"
 )
@@ -100,7 +103,8 @@ ANSWER: Final[Mapping[str, Mapping[Party, str]]] = {
     },
     "secagg self-mask": {
         Party.ACTIVE_POOLED: "the sum of the sites that it names as survivors, while fewer than a"
-        " third of the sites are on its side; else one answer, as with a roster of its own making",
+        " third of the sites are on its side, and in large federations fewer than 20 neighbours of"
+        " any site; else one answer, as with a roster of its own making",
     },
     "secagg coordinator key": {
         Party.OTHER_SITES: "alone: nothing; pooling with the coordinator: the sum of the other"
@@ -123,7 +127,8 @@ ANSWER: Final[Mapping[str, Mapping[Party, str]]] = {
     },
     "secagg+dp self-mask": {
         Party.ACTIVE_POOLED: "the sum of the sites that it names as survivors with their noise,"
-        " while fewer than a third of the sites are on its side; else one answer with that site's"
+        " while fewer than a third of the sites are on its side, and in large federations fewer"
+        " than 20 neighbours of any site; else one answer with that site's"
         " share of the noise, as with a roster of its own making",
     },
     "secagg+dp coordinator key": {

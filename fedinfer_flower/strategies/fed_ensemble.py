@@ -44,7 +44,7 @@ from fedinfer_flower.wire.actions import PREDICT, message_type
 from fedinfer_flower.wire.directory import Directory, SiteCard
 from fedinfer_flower.wire.documents import CombinedAnswer, CombinedBatch, QueryJob
 from fedinfer_flower.wire.envelope import DEFAULT_LIMITS, WireLimits
-from fedinfer_flower.wire.records import pack
+from fedinfer_flower.wire.records import content_digest, pack
 from fedinfer_flower.wire.sealed_job import SealedBatch, SealedJob
 from fedinfer_flower.wire.sealed_query import sealed_query_envelope
 
@@ -89,10 +89,12 @@ class FedEnsemble(InferenceStrategy):
 
     Privacy
     -------
-    The coordinator reads the queries and the sites' profiles. Of the answers it sees
-    what the protection reveals: everything under `plain`, noisy scores under `dp`,
-    ciphertexts under `he`. With `he`, coordinator and querier together can open every
-    site's answer.
+    The coordinator reads the sites' profiles, and the queries unless they come as a
+    `SealedJob`. Of the answers it sees what the protection reveals: every score under
+    `plain`, noisy scores under `dp` (both only where the job is not sealed), ciphertexts
+    under `he`, masked vectors under `secagg`. An array that is asked here under `secagg` is
+    also opened here: the sum, and no single answer. With `he`, coordinator and querier
+    together can open every site's answer.
 
     Examples
     --------
@@ -223,9 +225,11 @@ class FedEnsemble(InferenceStrategy):
             asked = with_batch(prepared.template, query_id, inputs)
             n_queries = asked.n_queries
             envelope = messages.question(asked, run_id=self._run_id)
+        content, ttl = pack(envelope), self.deadline.timeout_s
         self._round = QueryRound(
             asked=asked,
             n_queries=n_queries,
+            content=content_digest(content),
             run_id=self._run_id,
             rule=prepared.rule,
             rule_reason=prepared.reason,
@@ -235,7 +239,6 @@ class FedEnsemble(InferenceStrategy):
             limits=self.limits,
         )
         self._request_bytes = sum(len(data) for _, data in envelope.sections)
-        content, ttl = pack(envelope), self.deadline.timeout_s
         return [
             Message(content, node_id, message_type(PREDICT), ttl=ttl, group_id=query_id)
             for node_id in prepared.cards
@@ -290,7 +293,9 @@ class FedEnsemble(InferenceStrategy):
             If too few sites are there or answer.
         """
         job, querier = job_for(queries, self)
-        self._key_here = secret_is_here(job, self.protection, allowed=self.allow_coordinator_key)
+        self._key_here = secret_is_here(
+            job, self.protection, querier, allowed=self.allow_coordinator_key
+        )
         log.info("%s", self.summary())
         run_id = _run_id(grid)
         if self._onboarded is None or self._run_id != run_id:
@@ -301,10 +306,8 @@ class FedEnsemble(InferenceStrategy):
             rule=self.rule,
             protection=self.protection,
             classes=self.classes,
-            # The querier has chosen among all sites; in clear, the fraction decides.
-            cards=onboarding.cards
-            if isinstance(job, SealedJob) and onboarding is not None
-            else self._cards,
+            cards=self._cards,
+            all_cards=self._cards if onboarding is None else onboarding.cards,
             failures=self._failures,
             run_id=run_id,
         )

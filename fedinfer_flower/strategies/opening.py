@@ -75,7 +75,9 @@ def open_here(querier: Querier | None, combined: CombinedAnswer) -> Prediction |
     return None if querier is None else querier.open(combined)
 
 
-def secret_is_here(job: QueryJob | SealedJob, protection: Protection, *, allowed: bool) -> bool:
+def secret_is_here(
+    job: QueryJob | SealedJob, protection: Protection, querier: Querier | None, *, allowed: bool
+) -> bool:
     """Return whether the secret key that opens a job's answers is in this process.
 
     Raises
@@ -84,7 +86,8 @@ def secret_is_here(job: QueryJob | SealedJob, protection: Protection, *, allowed
         If it is, and was not allowed to be.
     """
     if not protection.needs_key:
-        return False
+        # An array under masks: the coordinator is the querier, and opens the sum.
+        return querier is not None and protection.needs_roster
     if not job.key_id or key_id_of(job.public_key) != job.key_id:
         raise BindingError("the job's public key is not the one that its key id names")
     here = secret_in_process(job.key_id)

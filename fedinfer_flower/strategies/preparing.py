@@ -51,10 +51,18 @@ def prepare_job(
     protection: Protection,
     classes: tuple[str, ...] | None,
     cards: Mapping[int, SiteCard],
+    all_cards: Mapping[int, SiteCard],
     failures: Mapping[int, FedInferError],
     run_id: int,
 ) -> Prepared:
     """Prepare a job; of a sealed one, the querier has fixed everything.
+
+    Parameters
+    ----------
+    cards : mapping of node id to SiteCard
+        The sites that this coordinator chose, for a job in clear.
+    all_cards : mapping of node id to SiteCard
+        All sites that are here: of them a sealed job's querier has chosen.
 
     Raises
     ------
@@ -64,7 +72,7 @@ def prepare_job(
         If a site lacks what the rule needs.
     """
     if isinstance(job, SealedJob):
-        here, missing = seated(job, cards, run_id=run_id)
+        here, missing = seated(job, all_cards, run_id=run_id)
         picked, reason = sealed_rule(job, rule)
         return Prepared(
             cards=here,

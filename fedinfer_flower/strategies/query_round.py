@@ -42,6 +42,8 @@ class QueryRound:
     asked : Question
         Without its rows, where they are sealed.
     n_queries : int
+    content : bytes
+        Digest of the message that asks: masks are bound to it.
     run_id : int
     rule : EnsembleRule
     rule_reason : str
@@ -58,6 +60,7 @@ class QueryRound:
         *,
         asked: Question,
         n_queries: int,
+        content: bytes = b"",
         run_id: int,
         rule: EnsembleRule,
         rule_reason: str,
@@ -66,7 +69,7 @@ class QueryRound:
         failures: Mapping[int, FedInferError],
         limits: WireLimits,
     ) -> None:
-        self.asked = asked
+        self.asked, self.content = asked, content
         self.n_queries = n_queries
         self.plan = ScorePlan.for_rule(
             rule, n_classes=len(asked.classes), n_sites_max=asked.n_sites
@@ -76,7 +79,12 @@ class QueryRound:
         self._run_id, self._cards, self._limits = run_id, cards, limits
         self._nodes = {card.key_id: node_id for node_id, card in cards.items()}
         cohort = (
-            Cohort(query_id=asked.query_id, roster=asked.roster, public_key=asked.public_key)
+            Cohort(
+                query_id=asked.query_id,
+                roster=asked.roster,
+                public_key=asked.public_key,
+                content=content,
+            )
             if protection.needs_roster
             else None
         )
@@ -190,6 +198,7 @@ class QueryRound:
                 public_key=self.asked.public_key,
                 roster=self.asked.roster,
                 request=request,
+                content=self.content,
             )
             for key_id, request in self._side.recovery_requests().items()
         }
@@ -256,6 +265,7 @@ class QueryRound:
             n_queries=self.n_queries,
             n_sites=len(report.answered),
             total=self._side.total(),
+            content=self.content,
         )
         return batch, report
 

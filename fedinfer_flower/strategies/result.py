@@ -102,7 +102,9 @@ class InferenceResult:
             f"├── bytes: {first.request_bytes} a request,"
             f" {self.reply_bytes_per_query:.0f} of replies a query",
         ]
-        if first.key_at_coordinator:
+        if first.key_at_coordinator and first.protection.startswith("secagg"):
+            lines.append("├── the coordinator asked for itself: it opens the sum, no single answer")
+        elif first.key_at_coordinator:
             lines.append(
                 "├── WARNING: the coordinator held the secret key:"
                 f" {first.protection!r} protects nothing from the server"

@@ -6,6 +6,7 @@ outside the federation writes to a file, or sends over a wire.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Final
@@ -31,6 +32,8 @@ __all__ = ["MAX_JOB_ID", "CombinedAnswer", "CombinedBatch", "Options", "QueryJob
 
 MAX_JOB_ID: Final = 56
 """Leaves room for a batch's number in a query id, which has at most 64 characters."""
+
+_DIGEST: Final = re.compile(r"([0-9a-f]{64})?")
 
 Options = Mapping[str, str | int | float | bool]
 
@@ -163,12 +166,15 @@ class CombinedBatch:
     n_sites : int
         Sites in the sum.
     total : bytes
+    content : bytes
+        SHA-256 of the message that asked the batch; masks are bound to it.
     """
 
     query_id: str
     n_queries: int
     n_sites: int
     total: bytes | memoryview = field(repr=False)
+    content: bytes = field(default=b"", repr=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -218,7 +224,9 @@ class CombinedAnswer:
                     "protection-options": dict(self.protection_options),
                     "classes": list(self.classes),
                     "sites": self.n_sites_asked,
-                    "batches": [[b.query_id, b.n_queries, b.n_sites] for b in self.batches],
+                    "batches": [
+                        [b.query_id, b.n_queries, b.n_sites, b.content.hex()] for b in self.batches
+                    ],
                     "relayed": self.relayed,
                 },
                 sections=(
@@ -267,12 +275,16 @@ class CombinedAnswer:
 
 
 def _read_batch(row: object, number: int, envelope: Envelope) -> CombinedBatch:
-    if not isinstance(row, list) or len(row) != 3:
-        raise EnvelopeError("a batch is not an id with two numbers")
-    named = dict(zip(("query", "rows", "sites"), row, strict=True))
+    if not isinstance(row, list) or len(row) != 4:
+        raise EnvelopeError("a batch is not an id with two numbers and a digest")
+    named = dict(zip(("query", "rows", "sites", "content"), row, strict=True))
+    content = fields.text(named, "content", max_chars=64)
+    if not _DIGEST.fullmatch(content):
+        raise EnvelopeError("a batch without the digest of its question")
     return CombinedBatch(
         query_id=fields.text(named, "query", max_chars=64),
         n_queries=fields.whole(named, "rows", low=1, high=DEFAULT_LIMITS.max_rows),
         n_sites=fields.whole(named, "sites", low=1, high=1_000_000),
         total=envelope.section(f"total-{number}"),
+        content=bytes.fromhex(content),
     )

@@ -67,7 +67,6 @@ class Kind(StrEnum):
     JOB = "job"
     COMBINED = "combined"
     SEALED_QUERY = "sealed-query"
-    SEALED_ANSWER = "sealed-answer"
     SEALED_JOB = "sealed-job"
     RECOVER = "recover"
     RECOVERED = "recovered"

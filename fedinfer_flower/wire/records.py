@@ -6,6 +6,7 @@ two hundred small ones take twenty times as long as their bytes in one.
 
 from __future__ import annotations
 
+import hashlib
 from typing import Final
 
 from flwr.app import Array, ArrayRecord, RecordDict
@@ -13,7 +14,7 @@ from flwr.app import Array, ArrayRecord, RecordDict
 from fedinfer_flower.errors import EnvelopeError
 from fedinfer_flower.wire.envelope import DEFAULT_LIMITS, Envelope, WireLimits, decode, encode
 
-__all__ = ["pack", "unpack"]
+__all__ = ["content_digest", "pack", "unpack"]
 
 _RECORD: Final = "fedinfer"
 _ARRAY: Final = "envelope"
@@ -32,6 +33,19 @@ def pack(envelope: Envelope) -> RecordDict:
     data = encode(envelope)
     array = Array(dtype="uint8", shape=(len(data),), stype=_STYPE, data=data)
     return RecordDict({_RECORD: ArrayRecord({_ARRAY: array})})
+
+
+def content_digest(content: RecordDict) -> bytes:
+    """Return the SHA-256 of what `pack` made: the same at both ends of a message.
+
+    Raises
+    ------
+    EnvelopeError
+        If it is no packed envelope.
+    """
+    if _RECORD not in content.array_records or _ARRAY not in content.array_records[_RECORD]:
+        raise EnvelopeError("the message is no packed envelope")
+    return hashlib.sha256(content.array_records[_RECORD][_ARRAY].data).digest()
 
 
 def unpack(content: RecordDict, *, limits: WireLimits = DEFAULT_LIMITS) -> Envelope:

@@ -26,6 +26,8 @@ class RecoveryCall:
     public_key : bytes
     roster : Roster
     request : bytes
+    content : bytes
+        Digest of the message that asked the batch; see `Cohort`.
     """
 
     query_id: str
@@ -34,6 +36,7 @@ class RecoveryCall:
     public_key: bytes = field(repr=False)
     roster: Roster = field(repr=False)
     request: bytes = field(repr=False)
+    content: bytes = field(default=b"", repr=False)
 
 
 def recovery(call: RecoveryCall, *, run_id: int) -> Envelope:
@@ -51,6 +54,7 @@ def recovery(call: RecoveryCall, *, run_id: int) -> Envelope:
             ("request", call.request),
             ("roster", call.roster.to_bytes()),
             ("public-key", call.public_key),
+            ("content", call.content),
         ),
     )
 
@@ -65,7 +69,7 @@ def read_recovery(envelope: Envelope) -> RecoveryCall:
     """
     if envelope.kind is not Kind.RECOVER or not envelope.query_id:
         raise EnvelopeError("expected a recover envelope with a query id")
-    envelope.require_sections("request", "roster", "public-key")
+    envelope.require_sections("request", "roster", "public-key", "content")
     fields.exactly(envelope.meta, "protection", "protection-options")
     return RecoveryCall(
         query_id=envelope.query_id,
@@ -74,6 +78,7 @@ def read_recovery(envelope: Envelope) -> RecoveryCall:
         public_key=bytes(envelope.section("public-key")),
         roster=Roster.from_bytes(envelope.section("roster")),
         request=bytes(envelope.section("request")),
+        content=bytes(envelope.section("content")),
     )
 
 

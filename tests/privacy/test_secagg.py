@@ -170,7 +170,7 @@ class Batch:
         secret = X25519PrivateKey.from_private_bytes(self.keys.secret_key)
         peer = self.sites[site].public.agreement_key
         pair = pair_key(secret, peer, self.cohort.session())
-        return mask(leaf(pair, "querier", self.cohort.query_id), self.count)
+        return mask(leaf(pair, "querier", self.cohort.batch_id), self.count)
 
     def pair(self, site: int, other: int) -> bytes:
         peer = self.sites[other].public.agreement_key
@@ -178,7 +178,7 @@ class Batch:
 
     def pair_mask(self, site: int, other: int) -> RingArray:
         """Return the mask of a pair with the sign that `site` gives it."""
-        stream = mask(leaf(self.pair(site, other), "pair", self.cohort.query_id), self.count)
+        stream = mask(leaf(self.pair(site, other), "pair", self.cohort.batch_id), self.count)
         return stream if self.place(site) < self.place(other) else -stream
 
     def decoded(self, entries: RingArray) -> np.ndarray:
@@ -833,7 +833,7 @@ def test_self_mask_that_was_removed_leaves_the_pairs() -> None:
         number = batch.neighbours(victim).index(batch.place(s))
         shares[number] = read_records(rest, 16, 6)[0][batch.place(victim)]
     needed = dict(list(shares.items())[:3])
-    own = mask(self_seed(combine_shares(needed), batch.cohort.query_id), batch.count)
+    own = mask(self_seed(combine_shares(needed), batch.cohort.batch_id), batch.count)
     left = answer.entries - batch.querier_mask(victim) - own
     assert_uniform(left)
     # The control: with the pairs, which no site hands over any more, it is bare.
@@ -861,10 +861,10 @@ def test_colluding_sites_hold_too_few_shares_of_a_self_mask() -> None:
         shares[number] = open_share(
             answer.shares[number],
             batch.pair(friend, victim),
-            batch.cohort.query_id,
+            batch.cohort.batch_id,
             sender=batch.place(victim),
         )
-    guess = mask(self_seed(combine_shares(shares), batch.cohort.query_id), batch.count)
+    guess = mask(self_seed(combine_shares(shares), batch.cohort.batch_id), batch.count)
     bare = answer.entries - batch.querier_mask(victim)
     for other in range(1, 9):
         bare = bare - batch.pair_mask(victim, other)
@@ -886,11 +886,11 @@ def test_twenty_neighbours_of_a_site_in_a_sparse_graph_remove_its_self_mask() ->
         friend = next(s for s in range(80) if batch.place(s) == beside[number])
         pair = batch.pair(friend, victim)
         shares[number] = open_share(
-            answer.shares[number], pair, batch.cohort.query_id, sender=batch.place(victim)
+            answer.shares[number], pair, batch.cohort.batch_id, sender=batch.place(victim)
         )
 
     def bare(chosen: dict[int, bytes]) -> np.ndarray:
-        own = mask(self_seed(combine_shares(chosen), batch.cohort.query_id), batch.count)
+        own = mask(self_seed(combine_shares(chosen), batch.cohort.batch_id), batch.count)
         left = answer.entries - batch.querier_mask(victim) - own
         for other in range(1, 80):
             if batch.place(other) in beside:

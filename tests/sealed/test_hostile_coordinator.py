@@ -489,3 +489,36 @@ def test_combined_answer_of_another_querier_s_job_is_refused(make_federation):
     _, _, result = federation.ask(strategy)
     with pytest.raises(BindingError, match="another querier"):
         Querier(protection="plain").open(result.combined)
+
+
+def test_two_questions_under_one_query_id_have_masks_of_their_own(make_federation):
+    """Asked twice at once, a site's memory may not see it; the masks do."""
+    from fedinfer_flower.privacy.base import ScorePlan
+    from fedinfer_flower.privacy.cohort import Cohort
+    from fedinfer_flower.privacy.secagg import SecAgg
+    from fedinfer_flower.wire.identity import Identity
+    from fedinfer_flower.wire.roster import Roster, Seat
+
+    sites = [Identity.generate() for _ in range(3)]
+    roster = Roster(tuple(Seat(identity=s.public, commitment="0" * 64) for s in sites))
+    secagg = SecAgg()
+    keys = secagg.make_keys()
+    plan = ScorePlan(width=4, bound=1.0, sensitivity_l2=1.0, n_sites_max=3, n_classes=4)
+    scores = np.zeros((5, 4)), np.full((5, 4), 0.25)
+
+    def difference(contents):
+        payloads = []
+        for content, one in zip(contents, scores, strict=True):
+            cohort = Cohort(
+                query_id="q", roster=roster, public_key=keys.public_key, content=content
+            )
+            side = secagg.site_side(
+                plan, public_key=keys.public_key, cohort=cohort, identity=sites[0]
+            )
+            payloads.append(np.frombuffer(side.protect(one)[36:], "<u4"))
+        return payloads[1] - payloads[0]
+
+    step = np.uint32(0.25 * 2 ** secagg.codec(plan).frac_bits)
+    # Under the same masks the difference of two answers would be in the open.
+    assert (difference([b"a", b"a"]) == step).all()
+    assert not (difference([b"a", b"b"]) == step).any()
