@@ -23,6 +23,11 @@ __all__ = ["SEED_BYTES", "RingArray", "leaf", "mask", "pair_key"]
 SEED_BYTES: Final = 32
 _DOMAIN: Final = b"fedinfer/v1/mask|"
 
+_MOST_AGREED: Final = 4096
+_agreed: dict[tuple[bytes, bytes, bytes], bytes] = {}
+"""Keys of sessions, by own key, peer and session: an agreement takes longer than the mask of a
+small batch. They stay in a process that holds the long-term key anyway."""
+
 RingArray = npt.NDArray[np.uint32]
 """Entries modulo 2**32; numpy's addition wraps around as the ring's does."""
 
@@ -55,12 +60,20 @@ def pair_key(mine: X25519PrivateKey, peer: bytes, session: bytes) -> bytes:
     >>> pair_key(a, there, b"s") == pair_key(b, back, b"s")
     True
     """
-    both = b"".join(sorted((mine.public_key().public_bytes_raw(), peer)))
+    own = mine.public_key().public_bytes_raw()
+    known = _agreed.get((own, peer, session))
+    if known is not None:
+        return known
+    both = b"".join(sorted((own, peer)))
     try:
         secret = mine.exchange(X25519PublicKey.from_public_bytes(peer))
     except ValueError:
         raise EnvelopeError("an agreement key that is no X25519 public key") from None
-    return _derive(secret, b"pair|" + session + both)
+    derived = _derive(secret, b"pair|" + session + both)
+    if len(_agreed) >= _MOST_AGREED:
+        _agreed.clear()
+    _agreed[own, peer, session] = derived
+    return derived
 
 
 def leaf(key: bytes, purpose: str, query_id: str) -> bytes:
