@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fedinfer_flower.clients import InferenceMod, LocalModel, inference
+    from fedinfer_flower.clients.consent import OptionLimits
     from fedinfer_flower.errors import FedInferError
     from fedinfer_flower.privacy.site_budget import BudgetPolicy
     from fedinfer_flower.querier import Querier
@@ -37,6 +38,7 @@ _HOMES = {
     "InferenceResult": "fedinfer_flower.strategies",
     "InferenceStrategy": "fedinfer_flower.strategies",
     "LocalModel": "fedinfer_flower.clients",
+    "OptionLimits": "fedinfer_flower.clients.consent",
     "Pins": "fedinfer_flower.wire.pins",
     "Prediction": "fedinfer_flower.query",
     "Querier": "fedinfer_flower.querier",
@@ -56,6 +58,7 @@ __all__ = [
     "InferenceResult",
     "InferenceStrategy",
     "LocalModel",
+    "OptionLimits",
     "Pins",
     "Prediction",
     "Querier",

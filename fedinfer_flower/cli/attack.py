@@ -54,7 +54,7 @@ def attack(
     console = Console(stderr=as_json)
     with console.status("attacking") as status:
         results = run_suite(
-            _own(federation) if federation else None,
+            federation=_own(federation) if federation else None,
             attacks=chosen,
             protections=[make_protection(name) for name in protect] if protect else None,
             seed=seed,

@@ -1,7 +1,8 @@
-"""The main job: five institutions answer together, under encryption, on Flower's engine."""
+"""The main job: five institutions answer together, under protection, on Flower's engine."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shlex
@@ -13,21 +14,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
+import numpy as np
+import numpy.typing as npt
+
+from fedinfer_flower.cli.demo_modes import DemoMode, mode_of
+from fedinfer_flower.cli.demo_queriers import DemoQueriers
 from fedinfer_flower.ensemble.base import RULES, Disclosure
-from fedinfer_flower.errors import InvalidValueError, QueryError
+from fedinfer_flower.errors import QueryError
 from fedinfer_flower.privacy.base import PROTECTIONS, Protection, make_protection
 from fedinfer_flower.privacy.legality import refusal, require_legal
-from fedinfer_flower.querier import Querier
 from fedinfer_flower.query import Prediction
-from fedinfer_flower.simulation.data import Dataset, load_dataset
+from fedinfer_flower.simulation.data import Dataset
 from fedinfer_flower.simulation.engine import QUIET_ENVIRONMENT
-from fedinfer_flower.simulation.federation import FederationPlan, Step
+from fedinfer_flower.simulation.federation import ENCRYPTED_QUERY, MPC, FederationPlan, Step
 from fedinfer_flower.simulation.institution import write_institutions
-from fedinfer_flower.simulation.partition import partition_rows
-from fedinfer_flower.strategies.handover import write_whole
-from fedinfer_flower.wire.directory import Directory
-from fedinfer_flower.wire.documents import CombinedAnswer, QueryJob
-from fedinfer_flower.wire.sealed_job import SealedJob
+from fedinfer_flower.simulation.joint_sites import JointSetUp
 
 __all__ = ["DemoOptions", "DemoRun", "StepOutcome", "run_federation"]
 
@@ -47,21 +48,29 @@ class DemoOptions:
     rule: str = "auto"
     protect: str = "secagg"
     seed: int = 0
+    quick: bool = False
+
+    @property
+    def mode(self) -> DemoMode:
+        """How the institutions are made under the protection asked for."""
+        return mode_of(self.protect)
 
     def command(self) -> str:
         """Return the command that gives the same run."""
         parts = ["fedinfer", "demo", "--dataset", self.dataset, "--sites", str(self.n_sites)]
         parts += ["--alpha", f"{self.alpha:g}", "--rule", self.rule, "--protect", self.protect]
-        return shlex.join([*parts, "--seed", str(self.seed)])
+        parts += ["--seed", str(self.seed)] + ["--quick"] * self.quick
+        return shlex.join(parts)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class StepOutcome:
-    """One step's opened answer with its report."""
+    """One step's opened answer with its report, and the totals where they can be checked."""
 
     step: Step
     prediction: Prediction
     report: dict[str, Any]
+    totals: npt.NDArray[np.float64] | None = None
 
     @property
     def seconds(self) -> float:
@@ -92,47 +101,57 @@ def run_federation(
 
     Raises
     ------
+    ConfigError
+        If what is asked for cannot run; nothing is started then.
     QueryError
         If the federation's process fails; the end of its log is in the text.
     """
     start = time.monotonic()
-    dataset = load_dataset(options.dataset, seed=options.seed)
-    rows = partition_rows(
+    mode = options.mode
+    mode.require(options.n_sites)
+    steps = demo_steps(options)
+    dataset = mode.load(options.dataset, seed=options.seed)
+    rows = mode.rows(
         dataset.train_labels, n_sites=options.n_sites, alpha=options.alpha, seed=options.seed
     )
-    write_institutions(folder / "sites", dataset, rows, seed=options.seed)
+    write_institutions(folder / "sites", dataset, rows, seed=options.seed, kinds=mode.kinds)
     run = DemoRun(options=options, folder=folder, dataset=dataset)
-    steps = demo_steps(options)
     # The keys are made here and stay here: the federation is another process.
-    queriers = {step.label: Querier(protection=_protection(step)) for step in steps}
-    FederationPlan(n_sites=options.n_sites, share_counts="counts", steps=steps).write(folder)
-
-    def seal() -> None:
-        directory = Directory.from_bytes((folder / "directory.fi").read_bytes())
-        for step in steps:
-            job = _job(queriers[step.label], step, dataset, directory)
-            (folder / f"{step.label}.job").write_bytes(job.to_bytes())
-        write_whole(folder / "jobs.ready", b"")
-
-    _run_child(folder, progress, seal)
+    queriers = DemoQueriers(steps, dataset)
+    plan = _plan(options, folder, steps, queriers)
+    plan.write(folder)
+    _run_child(folder, progress, lambda: queriers.seal(folder, plan.joint))
     for step in steps:
-        combined = CombinedAnswer.from_bytes((folder / f"{step.label}.answer").read_bytes())
         run.outcomes[step.label] = StepOutcome(
             step=step,
-            prediction=queriers[step.label].open(combined),
+            prediction=queriers.open(step, folder),
+            totals=queriers.totals(step, folder),
             report=json.loads((folder / f"{step.label}.report.json").read_text()),
         )
     run.seconds_total = time.monotonic() - start
     return run
 
 
-def _job(
-    querier: Querier, step: Step, dataset: Dataset, directory: Directory
-) -> QueryJob | SealedJob:
-    if not step.sealed:
-        return querier.ask(dataset.test_inputs, clear=True, classes=dataset.classes)
-    return querier.ask(
-        dataset.test_inputs, directory=directory, classes=dataset.classes, rule=step.rule
+def _plan(
+    options: DemoOptions, folder: Path, steps: tuple[Step, ...], queriers: DemoQueriers
+) -> FederationPlan:
+    joint = consent = pinned = None
+    if options.protect == MPC:
+        joint = JointSetUp.make(
+            folder / "sites", n_sites=options.n_sites, querier=queriers.identity.key_id
+        )
+    if queriers.encrypted_key_id:
+        # Sites answer encrypted queries only if they name and pin whom they answer.
+        consent = tuple(sorted({step.protection for step in steps}))
+        pinned = (queriers.identity.key_id, queriers.encrypted_key_id)
+    return FederationPlan(
+        n_sites=options.n_sites,
+        share_counts="counts",
+        steps=steps,
+        protections=consent,
+        querier_key_ids=pinned,
+        joint=joint,
+        in_process=options.mode.in_process,
     )
 
 
@@ -141,48 +160,53 @@ def demo_steps(options: DemoOptions) -> tuple[Step, ...]:
 
     Raises
     ------
+    UnknownNameError
+        If the demo has no such protection.
     IncompatibleProtection
         If the chosen rule cannot work under the protection asked for.
-    InvalidValueError
-        If the protection needs more sites.
     """
-    chosen = _protection(Step(label="", rule="", protection=options.protect))
-    if options.rule != "auto":
-        require_legal(RULES.get(options.rule)(), chosen)
+    mode, rule = options.mode, options.mode.rule(options.rule)
+    if not mode.hides_query and rule != "auto":
+        require_legal(RULES.get(rule)(), make_protection(options.protect))
+    # Sites that pin their queriers answer no query in clear: nobody has signed it.
+    sealed = options.protect == ENCRYPTED_QUERY
     # A worker of the engine trains a site's model when it first serves that site: a few
     # queries that are not counted, so that the figures below are of resident models.
-    steps = [Step(label=f"warm-up-{i}", rule="mean-probability") for i in range(3)]
-    steps += [Step(label=f"rule-{name}", rule=name) for name in RULES.names()]
-    if options.n_sites < chosen.min_cohort:
-        raise InvalidValueError(
-            f"{options.protect!r} needs at least {chosen.min_cohort} sites in a sum",
-            hint=f"fedinfer demo --sites {chosen.min_cohort}",
-        )
-    wanted = [
-        name
-        for name in dict.fromkeys(["plain", "secagg", "he", "secagg+dp", "dp", options.protect])
-        if PROTECTIONS.get(name).min_cohort <= options.n_sites
-    ]
-    for name in wanted:
+    steps = [Step(label=f"warm-up-{i}", rule="mean-probability", sealed=sealed) for i in range(3)]
+    compared = [name for name in RULES.names() if not options.quick or name == "mean-probability"]
+    steps += [Step(label=f"rule-{name}", rule=name, sealed=sealed) for name in compared]
+    for name in _compared_protections(options):
         step = Step(
             label=f"protect-{name}",
-            rule=options.rule,
+            rule=rule,
             protection=name,
             options={"epsilon": DP_EPSILON} if name.endswith("+dp") else {},
             sealed=True,
         )
         if name == "dp":
-            steps += _dp_steps(options)
-        elif options.rule == "auto" or not refusal(RULES.get(options.rule)(), _protection(step)):
+            steps += _dp_steps(rule)
+        elif (
+            name not in PROTECTIONS.names()
+            or rule == "auto"
+            or not refusal(RULES.get(rule)(), _protection(step))
+        ):
             steps.append(step)
     return tuple(steps)
 
 
-def _dp_steps(options: DemoOptions) -> list[Step]:
+def _compared_protections(options: DemoOptions) -> list[str]:
+    names = ["plain"] if options.quick else ["plain", "secagg", "he", "secagg+dp", "dp"]
+    if importlib.util.find_spec("tenseal") is None:
+        names = [name for name in names if name != "he"]
+    wanted = dict.fromkeys([*names, options.protect])
+    return [name for name in wanted if mode_of(name).min_sites <= options.n_sites]
+
+
+def _dp_steps(asked: str) -> list[Step]:
     gaussian: Options = {"mechanism": "gaussian", "epsilon": DP_EPSILON}
     response: Options = {"mechanism": "randomised-response", "epsilon": DP_EPSILON}
     steps = [
-        Step(label="protect-dp", rule=options.rule, protection="dp", options=gaussian, sealed=True),
+        Step(label="protect-dp", rule=asked, protection="dp", options=gaussian, sealed=True),
         Step(
             label="protect-dp-votes",
             rule="majority-vote",
@@ -191,7 +215,7 @@ def _dp_steps(options: DemoOptions) -> list[Step]:
             sealed=True,
         ),
     ]
-    rule = None if options.rule == "auto" else RULES.get(options.rule)()
+    rule = None if asked == "auto" else RULES.get(asked)()
     return [s for s in steps if rule is None or not refusal(rule, _protection(s))] or steps[1:]
 
 
@@ -203,6 +227,8 @@ def coordinator_sees(protection: str) -> str:
         "secagg+dp": "masked vectors; only their noisy sum can be opened, by the querier",
         "he": "ciphertexts; the querier's key opens only what it is given",
         "he+dp": "ciphertexts; the querier opens a noisy sum",
+        ENCRYPTED_QUERY: "encrypted queries and encrypted logits; it can open neither",
+        MPC: "sealed shares of queries, weights and results; it can open none",
         "dp": "sealed answers; the querier opens them one by one, each with its site's noise",
     }.get(protection, "what its page in the docs says")
 

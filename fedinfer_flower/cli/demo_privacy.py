@@ -7,7 +7,7 @@ from typing import Any, Final
 from fedinfer_flower.cli.demo import DP_EPSILON, DemoRun, StepOutcome
 from fedinfer_flower.ensemble.base import Disclosure, make_rule
 from fedinfer_flower.privacy.accountant import Accountant
-from fedinfer_flower.privacy.base import ScorePlan, make_protection
+from fedinfer_flower.privacy.base import PROTECTIONS, ScorePlan, make_protection
 from fedinfer_flower.privacy.legality import refusal
 from fedinfer_flower.receipts.disclosure import MODES, disclosures
 from fedinfer_flower.reporting.intervals import wilson_interval
@@ -24,7 +24,7 @@ _METER_CAP: Final = 16.0
 def privacy_results(run: DemoRun, chosen: StepOutcome) -> dict[str, Any]:
     """Return the privacy part of a report's figures."""
     return {
-        "by_epsilon": _by_epsilon(run, chosen),
+        "by_epsilon": [] if run.options.quick else _by_epsilon(run, chosen),
         "epsilon_reference": _reference(run, chosen),
         "epsilon_meter": _meter(run, chosen),
         "who_learns": _who_learns(chosen),
@@ -105,6 +105,7 @@ def _who_learns(chosen: StepOutcome) -> list[dict[str, str]]:
     step = chosen.step
     if step.protection not in MODES:
         return []
-    options = make_protection(step.protection, step.options).options()
+    known = step.protection in PROTECTIONS.names()
+    options = make_protection(step.protection, step.options).options() if known else {}
     lines = disclosures(step.protection, sealed=step.sealed, options=options)
     return [{"about": line.about, "party": line.party, "learns": line.learns} for line in lines]

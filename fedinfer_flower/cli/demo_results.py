@@ -25,7 +25,7 @@ from fedinfer_flower.simulation.evaluation import (
     solo_answers,
 )
 from fedinfer_flower.simulation.institution import write_institutions
-from fedinfer_flower.simulation.partition import partition_rows
+from fedinfer_flower.simulation.joint_sites import clear_mean_logits
 
 __all__ = ["FEDSEI_RULES", "results_of"]
 
@@ -82,7 +82,7 @@ def results_of(run: DemoRun) -> dict[str, Any]:
         "versions": _versions(),
         "seconds_total": run.seconds_total,
         "rule": chosen.report["rule"],
-        "rule_reason": chosen.report["rule_reason"],
+        "rule_reason": ". ".join([chosen.report["rule_reason"], *_against_clear(run)]),
         "protection": options.protect,
         "sites": [_site(solo, i, hits, n) for i in range(options.n_sites)],
         "best_site": {"name": solo.names[best], **_accuracy(int(hits[best]), n)},
@@ -94,11 +94,11 @@ def results_of(run: DemoRun) -> dict[str, Any]:
             if label.startswith("rule-")
         ],
         "protections": [
-            _protection(outcome, truth)
+            _protection(outcome, truth, in_process=options.mode.in_process)
             for label, outcome in run.outcomes.items()
             if label.startswith("protect-")
         ],
-        "by_alpha": _by_alpha(run, central_hits / n),
+        "by_alpha": [] if options.quick else _by_alpha(run, central_hits / n),
         "reliability": {"bins": bins, "ece": ece},
         **privacy_results(run, chosen),
         "examples": _examples(chosen, solo, dataset),
@@ -142,16 +142,18 @@ def _rule(outcome: StepOutcome, truth: Any) -> dict[str, Any]:
     }
 
 
-def _protection(outcome: StepOutcome, truth: Any) -> dict[str, Any]:
+def _protection(outcome: StepOutcome, truth: Any, *, in_process: bool) -> dict[str, Any]:
     first = outcome.report["reports"][0]
-    mechanism = outcome.step.options.get("mechanism")
+    # Seconds of sites in one process are not those of Flower's engine.
+    detail = outcome.step.options.get("mechanism") or ("in one process" if in_process else "")
     name = outcome.step.protection
     return {
         "name": name,
-        "label": f"{name} ({mechanism})" if mechanism else name,
+        "label": f"{name} ({detail})" if detail else name,
         "rule": outcome.report["rule"],
         "seconds": outcome.seconds,
         "bytes_per_query": outcome.bytes_per_query,
+        "request_bytes": first["request_bytes"],
         "epsilon_per_query": first["epsilon_per_query"],
         "epsilon_total": outcome.report["epsilon_total"],
         "delta": first["delta_per_query"],
@@ -161,16 +163,37 @@ def _protection(outcome: StepOutcome, truth: Any) -> dict[str, Any]:
     }
 
 
+def _against_clear(run: DemoRun) -> list[str]:
+    """Say how far an answer that hides the query is from the same rule in clear."""
+    options = run.options
+    label = f"protect-{options.protect}"
+    if not options.mode.hides_query or label not in run.outcomes:
+        return []
+    outcome = run.outcomes[label]
+    prediction = outcome.prediction
+    if outcome.totals is not None:
+        clear = clear_mean_logits(
+            run.folder / "sites", run.dataset.test_inputs, n_sites=options.n_sites
+        )
+        gap = np.abs(clear - outcome.totals).max()
+        n_same = int((clear.argmax(axis=1) == prediction.labels).sum())
+        how = f"Largest difference to the same mean logits in clear: {gap:.1e};"
+    else:
+        n_same = int((run.outcomes["protect-plain"].prediction.labels == prediction.labels).sum())
+        how = "Against the same rule in clear:"
+    return [f"{how} {n_same} of {len(prediction)} labels are the same."]
+
+
 def _by_alpha(run: DemoRun, central: float) -> list[dict[str, Any]]:
     options, dataset = run.options, run.dataset
     n = len(dataset.test_labels)
     rows = []
     for alpha in sorted({*_ALPHAS, options.alpha}):
         folder = run.folder / f"alpha-{alpha:g}" / "sites"
-        parts = partition_rows(
+        parts = options.mode.rows(
             dataset.train_labels, n_sites=options.n_sites, alpha=alpha, seed=options.seed
         )
-        write_institutions(folder, dataset, parts, seed=options.seed)
+        write_institutions(folder, dataset, parts, seed=options.seed, kinds=options.mode.kinds)
         solo = solo_answers(folder, dataset, options.n_sites).hits(dataset.test_labels)
         hits = rules_in_clear(folder, dataset, options.n_sites, _ALPHA_RULES)
         rows.append(

@@ -42,8 +42,11 @@ def demo(
     sites: Annotated[int, typer.Option(min=1, max=50, help="number of institutions")] = 5,
     alpha: Annotated[float, typer.Option(help="Dirichlet concentration; small = skewed")] = 0.1,
     rule: Annotated[str, typer.Option(help="ensemble rule, or auto")] = "auto",
-    protect: Annotated[str, typer.Option(help="protection of the main answer")] = "secagg",
+    protect: Annotated[
+        str, typer.Option(help="of the main answer: a protection, encrypted-query or mpc")
+    ] = "secagg",
     seed: Annotated[int, typer.Option(min=0, help="data split, partition, models")] = 0,
+    quick: Annotated[bool, typer.Option("--quick", help="only plain and --protect")] = False,
     out: Annotated[Path, typer.Option(help="folder of the report")] = Path("demo-report"),
     as_json: Annotated[bool, typer.Option("--json", help="print the figures as JSON")] = False,
 ) -> None:
@@ -57,7 +60,13 @@ def demo(
     from fedinfer_flower.reporting.table import summary_table
 
     options = DemoOptions(
-        dataset=dataset, n_sites=sites, alpha=alpha, rule=rule, protect=protect, seed=seed
+        dataset=dataset,
+        n_sites=sites,
+        alpha=alpha,
+        rule=rule,
+        protect=protect,
+        seed=seed,
+        quick=quick,
     )
     console = Console(stderr=as_json)
     out.mkdir(parents=True, exist_ok=True)

@@ -58,6 +58,7 @@ def answer_question(
     *,
     sealed: bool,
     content: bytes,
+    run_id: int,
     now_s: float,
 ) -> Answer:
     """Answer a question, or refuse it before anything is spent.
@@ -73,6 +74,8 @@ def answer_question(
         Whether the question came sealed, with its querier's signature.
     content : bytes
         Digest of the message that asked.
+    run_id : int
+        Flower's run: a recovery belongs to it.
     now_s : float
         Seconds since 1970.
 
@@ -91,15 +94,14 @@ def answer_question(
     side = protection.site_side(
         plan, public_key=asked.public_key, cohort=cohort, identity=memory.identity
     )
-    _admit(asked, protection, plan, cohort, memory)
+    require_evidence(rule, asked, model)
+    context = b"" if cohort is None else recovery_context(cohort, protection, run_id=run_id)
+    _admit(asked, protection, plan, context, memory)
+    noisy = protection.charge(plan, 1) is not None
 
     def scored(rows: Question) -> Array:
-        logits = model.calibrated_logits(rows.inputs, rows.classes)
+        logits = model.calibrated_logits(rows.inputs, rows.classes, neutral=noisy)
         context = model.context(rows, rule)
-        if Evidence.AUGMENTED in rule.needs and context.augmented_tbc is None:
-            raise InvalidValueError(
-                f"rule {rule.name!r} needs LocalModel(augment=...) at this site"
-            )
         return checked_scores(rule.score(logits, context), rows.n_queries, plan)
 
     payload, charged = charged_payload(
@@ -144,6 +146,28 @@ def agree(
     return rule, protection, plan
 
 
+def require_evidence(rule: EnsembleRule, asked: Question, model: SiteModel) -> None:
+    """Refuse a rule that must fail here, before the model sees a row or anything is spent.
+
+    Raises
+    ------
+    InvalidValueError
+        Naming what is missing.
+    """
+    has = {
+        Evidence.CLASS_COUNTS: asked.class_totals is not None
+        and model.profile.class_counts is not None,
+        Evidence.AUGMENTED: model.local.augment is not None,
+        Evidence.FAMILIARITY: model.familiarity is not None,
+    }
+    for need, there in has.items():
+        if need in rule.needs and not there:
+            raise InvalidValueError(
+                f"rule {rule.name!r} needs {need.value}, which this site or query does not have",
+                hint="use rule 'auto'; see LocalModel for what a site can know",
+            )
+
+
 def _cohort(
     asked: Question,
     protection: Protection,
@@ -176,11 +200,10 @@ def _admit(
     asked: Question,
     protection: Protection,
     plan: ScorePlan,
-    cohort: Cohort | None,
+    context: bytes,
     memory: SiteMemory,
 ) -> None:
     """Use up the query id, and refuse rows whose sum could be compared with another."""
-    context = b"" if cohort is None else recovery_context(cohort, protection)
     exact_sum = protection.reveals is Disclosure.SUM and protection.min_cohort > 1
     if memory.guard is not None and exact_sum:
         # Without noise a row belongs to one cohort, whatever the rule. With noise shared out

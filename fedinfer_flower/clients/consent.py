@@ -12,9 +12,61 @@ from fedinfer_flower.privacy.base import Protection, ScorePlan
 from fedinfer_flower.wire.messages import Question
 from fedinfer_flower.wire.pins import read_pins
 
-__all__ = ["Consent"]
+__all__ = ["Consent", "OptionLimits"]
 
 _PINS: Final = "pins.toml"
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptionLimits:
+    """How far the querier's choice of privacy options may go at this site.
+
+    Parameters
+    ----------
+    require_self_mask : bool
+        Under `secagg` and `secagg+dp`: only with a mask of the site's own on top.
+    max_dropout_share : float
+        Largest share of dropouts for which the site helps to open a sum.
+    min_collusion_share : float
+        Smallest share of colluding sites that shared noise must be planned for.
+    max_delta : float
+
+    Privacy
+    -------
+    The options travel with the question, so a querier that lies chooses them: a strict site
+    does not leave to it what protects the site from it.
+
+    Examples
+    --------
+    >>> OptionLimits(require_self_mask=True, min_collusion_share=0.1, max_delta=1e-5).max_delta
+    1e-05
+    """
+
+    require_self_mask: bool = False
+    max_dropout_share: float = 0.5
+    min_collusion_share: float = 0.0
+    max_delta: float = 1e-3
+
+    def check(self, protection: Protection) -> None:
+        """Refuse options beyond the limits.
+
+        Raises
+        ------
+        ProtectionRefusedError
+            Naming the option.
+        """
+        options = protection.options()
+        if self.require_self_mask and options.get("self_mask") is False:
+            raise ProtectionRefusedError(
+                "this site answers only with a mask of its own on top", hint="self_mask=True"
+            )
+        for name, most in (("dropout_share", self.max_dropout_share), ("delta", self.max_delta)):
+            if float(options.get(name, 0.0)) > most:
+                raise ProtectionRefusedError(f"this site accepts {name} up to {most:g}")
+        if float(options.get("collusion_share", 1.0)) < self.min_collusion_share:
+            raise ProtectionRefusedError(
+                f"this site accepts collusion_share from {self.min_collusion_share:g}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +89,7 @@ class Consent:
         Refuse queries that the coordinator could read, or make up.
     max_epsilon_per_query : float, optional
         Most epsilon that the site spends on one query row; None for no limit.
+    option_limits : OptionLimits
 
     Privacy
     -------
@@ -50,6 +103,7 @@ class Consent:
     peer_key_ids: frozenset[str] | None = field(default=None)
     require_seal: bool = False
     max_epsilon_per_query: float | None = None
+    option_limits: OptionLimits = field(default_factory=OptionLimits)
 
     def with_pins_of(self, folder: Path) -> Consent:
         """Return this consent with the key ids of the folder's pin file, if it has one.
@@ -114,6 +168,7 @@ class Consent:
                 " fits: it adds no noise",
                 hint="use secagg+dp, he+dp or dp",
             )
+        self.option_limits.check(protection)
         if asked.n_sites < protection.min_cohort:
             raise ProtectionRefusedError(
                 f"{protection.name!r} needs at least {protection.min_cohort} sites in a sum,"
@@ -132,7 +187,8 @@ class Consent:
         known = self.querier_key_ids
         if known is not None:
             signer = asked.querier.key_id if sealed and asked.querier is not None else ""
-            encrypted_for = asked.key_id if protection.needs_key else ""
+            # In clear nobody signs; under `he` the key for which is encrypted stands for it.
+            encrypted_for = asked.key_id if protection.needs_key and not sealed else ""
             if signer not in known and encrypted_for not in known:
                 raise UntrustedKeyError(
                     "this site does not know the querier's key",

@@ -9,31 +9,25 @@ from __future__ import annotations
 import sys
 import threading
 import weakref
-from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Final
 
 import numpy as np
-from flwr.app import Context, Message
-from flwr.clientapp import ClientApp
 
 from fedinfer_flower.clients.adapters.base import class_name
 from fedinfer_flower.clients.consent import Consent
-from fedinfer_flower.clients.containment import contained, log_locally
-from fedinfer_flower.clients.mod import InferenceMod
+from fedinfer_flower.clients.containment import contained
+from fedinfer_flower.clients.site_memory import SiteMemory
 from fedinfer_flower.clients.site_model import SiteModel
 from fedinfer_flower.encrypted_query.ckks_batch import PublicKeys
-from fedinfer_flower.encrypted_query.documents import ACTION, NAME, EncryptedQuestion, answer
+from fedinfer_flower.encrypted_query.documents import NAME, EncryptedQuestion, answer
 from fedinfer_flower.encrypted_query.flooding import Flooding
-from fedinfer_flower.encrypted_query.network import EncryptedNetwork
+from fedinfer_flower.encrypted_query.network import MIN_ROWS, EncryptedNetwork
 from fedinfer_flower.encrypted_query.quadratic import QuadraticForm
 from fedinfer_flower.ensemble.base import Array
 from fedinfer_flower.errors import (
     BindingError,
     BudgetExceededError,
-    ConfigError,
-    EnvelopeError,
-    FedInferError,
     InvalidValueError,
     ModelAnswerError,
     ModelError,
@@ -41,13 +35,12 @@ from fedinfer_flower.errors import (
     ShapeError,
     SizeLimitError,
 )
-from fedinfer_flower.wire import messages
 from fedinfer_flower.wire.envelope import DEFAULT_LIMITS, Envelope, WireLimits
-from fedinfer_flower.wire.records import pack, unpack
 
-__all__ = ["EncryptedHandler", "EncryptedPolicy", "RowLimit", "answer_encrypted"]
+__all__ = ["EncryptedPolicy", "RowLimit", "answer_encrypted"]
 
 _SEE_LOG: Final = "see the site's own log"
+_ADMITTED: Final = NAME.encode()
 
 
 class RowLimit:
@@ -176,14 +169,16 @@ _lock = threading.Lock()
 def _converted(model: SiteModel, min_agreement: float) -> tuple[EncryptedNetwork, Array]:
     local, names = model.local, model.adapter.classes
     labels: list[str] | None = None
-    if local.holdout is not None:
+    if local.holdout is not None and (
+        local.reference_inputs is None or len(local.holdout[0]) >= MIN_ROWS
+    ):
         rows, labels = np.asarray(local.holdout[0]), [class_name(n) for n in local.holdout[1]]
     elif local.reference_inputs is not None:
         rows = np.asarray(local.reference_inputs)
     else:
         raise ModelError(
             "the site has no rows to fit and check a polynomial form on",
-            hint="return LocalModel(model, holdout=(inputs, labels)) from load_model",
+            hint="return LocalModel(model=..., holdout=(inputs, labels)) from load_model",
         )
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(local.model, torch.nn.Module):
@@ -204,13 +199,15 @@ def answer_encrypted(
     *,
     run_id: int,
     sender: int,
+    memory: SiteMemory | None = None,
     limits: WireLimits = DEFAULT_LIMITS,
     policy: EncryptedPolicy | None = None,
 ) -> Envelope:
     """Evaluate the site's model on an encrypted batch; return the envelope of the answer.
 
-    Order matters: form and sizes, then consent, then the model, then capacity, then the
-    rows are charged; only then do ciphertexts reach the native library, through the gate.
+    Order matters: form and sizes, then consent, then the query id is used up, then the
+    model, then capacity, then the rows are charged; only then do ciphertexts reach the
+    native library, through the gate.
 
     Parameters
     ----------
@@ -219,13 +216,15 @@ def answer_encrypted(
     model : SiteModel
     consent : Consent
     run_id, sender : int
+    memory : SiteMemory, optional
+        With it, a query id is answered once.
     limits : WireLimits
     policy : EncryptedPolicy, optional
 
     Raises
     ------
     FedInferError
-        Typed, and safe to send.
+        Typed, and safe to send; `ReplayError` if the query id was used before.
 
     Privacy
     -------
@@ -241,6 +240,8 @@ def answer_encrypted(
     if asked.n_queries > limits.max_rows:
         raise SizeLimitError(f"{asked.n_queries} rows; the limit is {limits.max_rows}")
     policy.check(asked, consent)
+    if memory is not None:
+        memory.admit(asked.query_id, _ADMITTED)
     with (
         _lock,
         contained(
@@ -285,85 +286,3 @@ def _evaluated(
         n_sites=asked.n_sites,
     )
     return keys.evaluate(form, asked.inputs, noise=noise), network.fidelity.agreement
-
-
-class EncryptedHandler:
-    """Answers ``query.fi_encrypted`` with the model of an `InferenceMod`.
-
-    Parameters
-    ----------
-    mod : InferenceMod
-        Attached to the same app; loads the model and answers onboarding.
-    querier_key_ids : collection of str
-        Fingerprints of the queriers' keys that the site trusts.
-    policy : EncryptedPolicy, optional
-    limits : WireLimits
-
-    Raises
-    ------
-    ConfigError
-        If the site keeps a privacy budget, which such answers would bypass.
-
-    Examples
-    --------
-    >>> mod = InferenceMod(lambda context: None)
-    >>> app = EncryptedHandler(mod, querier_key_ids=("ab" * 32,)).attach(mod.attach(ClientApp()))
-    """
-
-    def __init__(
-        self,
-        mod: InferenceMod,
-        *,
-        querier_key_ids: Collection[str],
-        policy: EncryptedPolicy | None = None,
-        limits: WireLimits = DEFAULT_LIMITS,
-    ) -> None:
-        if isinstance(querier_key_ids, str) or not querier_key_ids:
-            raise InvalidValueError(
-                "querier_key_ids names at least one key",
-                hint="querier_key_ids=(EncryptedQuerier.key_id,), got out of band",
-            )
-        if mod._budget is not None:
-            raise ConfigError(
-                "a site with a privacy budget does not answer encrypted queries: no answer to"
-                " them has noise that the budget could count",
-                hint="drop the budget, or answer under dp, secagg+dp or he+dp only",
-            )
-        self._mod, self._limits = mod, limits
-        self._policy = policy or EncryptedPolicy()
-        self._consent = Consent(
-            protections=frozenset({NAME}), querier_key_ids=frozenset(querier_key_ids)
-        )
-
-    def attach(self, app: ClientApp) -> ClientApp:
-        """Register the handler at an app of the Message API and return the app."""
-        app.query(ACTION)(self.handle)
-        return app
-
-    def handle(self, message: Message, context: Context) -> Message:
-        """Answer one encrypted batch. Always returns a valid reply."""
-        query_id = ""
-        try:
-            if not message.has_content():
-                raise EnvelopeError("a query without content")
-            envelope = unpack(message.content, limits=self._limits)
-            query_id = envelope.query_id
-            reply = answer_encrypted(
-                envelope,
-                self._mod._model(context),
-                self._consent,
-                run_id=context.run_id,
-                sender=context.node_id,
-                limits=self._limits,
-                policy=self._policy,
-            )
-            return Message(pack(reply), reply_to=message)
-        except FedInferError as exc:
-            error = exc
-        except (Exception, SystemExit) as exc:
-            log_locally(exc)
-            error = ModelAnswerError("the site's handler failed", hint=_SEE_LOG)
-        envelope = messages.error(
-            error, run_id=context.run_id, sender=context.node_id, query_id=query_id
-        )
-        return Message(pack(envelope), reply_to=message)

@@ -13,7 +13,7 @@ from flwr.clientapp import ClientApp
 from flwr.clientapp.typing import ClientAppCallable
 
 from fedinfer_flower.clients.answering import answer_question
-from fedinfer_flower.clients.consent import Consent
+from fedinfer_flower.clients.consent import Consent, OptionLimits
 from fedinfer_flower.clients.containment import contained, log_locally
 from fedinfer_flower.clients.model_cache import DEFAULT_CAPACITY, get_or_load
 from fedinfer_flower.clients.recovering import answer_recovery
@@ -77,6 +77,8 @@ class InferenceMod:
         Refuse queries that the coordinator could read, or make up.
     max_epsilon_per_query : float, optional
         Refuse noise of a larger epsilon for one query row.
+    option_limits : OptionLimits, optional
+        How far the querier's choice of privacy options may go.
     home : path or callable, optional
         Folder in which the site keeps its keys, the query ids it used, what it drew and
         what it spent, or a function from Context to it; default ``fedinfer-home`` in the
@@ -130,6 +132,7 @@ class InferenceMod:
         peer_key_ids: Collection[str] | None = None,
         require_seal: bool = False,
         max_epsilon_per_query: float | None = None,
+        option_limits: OptionLimits | None = None,
         home: str | Path | Callable[[Context], str | Path] | None = None,
         budget: BudgetPolicy | None = None,
         encrypted: EncryptedPolicy | None = None,
@@ -174,6 +177,7 @@ class InferenceMod:
             peer_key_ids=None if peer_key_ids is None else frozenset(peer_key_ids),
             require_seal=require_seal,
             max_epsilon_per_query=max_epsilon_per_query,
+            option_limits=option_limits or OptionLimits(),
         )
         self._home = home
         self._budget = budget
@@ -247,7 +251,8 @@ class InferenceMod:
             return self._answer_encrypted(envelope, context)
         if action == RECOVER and envelope.kind is Kind.RECOVER:
             with contained(ModelAnswerError, "recovery failed", hint=_SEE_LOG, pass_typed=True):
-                reply = answer_recovery(read_recovery(envelope), self._memory(context))
+                call = read_recovery(envelope)
+                reply = answer_recovery(call, self._memory(context), run_id=run_id)
             return recovered(reply, query_id=envelope.query_id, run_id=run_id, sender=sender)
         if envelope.kind is Kind.PING:
             return Envelope(kind=Kind.PING, run_id=run_id, sender=sender)
@@ -274,6 +279,7 @@ class InferenceMod:
                 memory,
                 sealed=sealed,
                 content=content,
+                run_id=context.run_id,
                 now_s=now_s,
             )
             statement = b""

@@ -15,14 +15,14 @@ from fedinfer_flower.wire.recovery import RecoveryCall
 __all__ = ["answer_recovery", "recovery_context"]
 
 
-def recovery_context(cohort: Cohort, protection: Protection) -> bytes:
-    """Return what a recovery must agree with: batch, roster, querier, protection, options."""
+def recovery_context(cohort: Cohort, protection: Protection, *, run_id: int) -> bytes:
+    """Return what a recovery must agree with: run, batch, roster, querier, protection, options."""
     options = json.dumps(dict(protection.options()), sort_keys=True)
-    text = f"{protection.name}|{options}".encode()
+    text = f"{run_id}|{protection.name}|{options}".encode()
     return hashlib.sha256(cohort.context() + text).digest()
 
 
-def answer_recovery(call: RecoveryCall, memory: SiteMemory) -> bytes:
+def answer_recovery(call: RecoveryCall, memory: SiteMemory, *, run_id: int) -> bytes:
     """Return this site's reply to a recovery request.
 
     Raises
@@ -43,7 +43,7 @@ def answer_recovery(call: RecoveryCall, memory: SiteMemory) -> bytes:
         public_key=call.public_key,
         content=call.content,
     )
-    if memory.answered(call.query_id) != recovery_context(cohort, protection):
+    if memory.answered(call.query_id) != recovery_context(cohort, protection, run_id=run_id):
         raise BindingError("the recovery does not belong to the batch that this site answered")
     return protection.recovery_reply(
         call.request,

@@ -11,6 +11,7 @@ import numpy as np
 from fedinfer_flower.clients.site_memory import SiteMemory
 from fedinfer_flower.clients.site_model import SiteModel
 from fedinfer_flower.ensemble.base import Array, Disclosure
+from fedinfer_flower.errors import ProtectionRefusedError
 from fedinfer_flower.privacy.answer_cache import AnswerCache
 from fedinfer_flower.privacy.base import NoisySiteSide, Protection, ScorePlan, SiteSide
 from fedinfer_flower.privacy.charge import Charge
@@ -63,7 +64,14 @@ def charged_payload(
         If the site's budget does not cover it; the model has not seen the query then.
     """
     querier = UNSIGNED if asked.querier is None else asked.querier.key_id
-    if protection.charge(plan, 1) is None or not isinstance(side, NoisySiteSide):
+    if protection.charge(plan, 1) is None:
+        return side.protect(scored(asked)), Charged()
+    if not isinstance(side, NoisySiteSide):
+        if memory.budget is not None:
+            raise ProtectionRefusedError(
+                f"protection {protection.name!r} does not let this site draw its noise apart,"
+                " so the budget cannot count it"
+            )
         return side.protect(scored(asked)), Charged()
     if memory.answers is None:
         cost = protection.charge(plan, asked.n_queries)
@@ -101,13 +109,9 @@ def _from_memory(
             charge_querier=charged.to_querier,
             charge_global=charged.to_all,
         )
-    try:
-        drawn = _drawn(side, asked, needed.fresh, scored)
-    except BaseException:
-        if memory.budget is not None and reservation is not None:
-            memory.budget.cancel(reservation)
-        raise
-    # From here on the charge stays, whatever happens: the draws may have been stored.
+    # The charge stays from here on, whatever happens: once the model has seen the rows, a
+    # failure tells something about it, and the draws may have been stored.
+    drawn = _drawn(side, asked, needed.fresh, scored)
     rows = answers.complete(needed, [row.tobytes() for row in drawn])
     if memory.budget is not None and reservation is not None:
         memory.budget.commit(reservation)

@@ -50,9 +50,22 @@ class SiteModel:
     confusion: Array | None
     familiarity: Familiarity | None
 
-    def calibrated_logits(self, inputs: npt.NDArray[np.generic], classes: tuple[str, ...]) -> Array:
-        """Return calibrated log-probabilities over `classes`, shape (n_queries, n_classes)."""
-        raw = checked_logits(self.adapter, inputs)
+    def calibrated_logits(
+        self,
+        inputs: npt.NDArray[np.generic],
+        classes: tuple[str, ...],
+        *,
+        neutral: bool = False,
+    ) -> Array:
+        """Return calibrated log-probabilities over `classes`, shape (n_queries, n_classes).
+
+        Parameters
+        ----------
+        neutral : bool
+            Answer a row that overflows the model as one that it knows nothing about. That
+            a row overflows is an exact fact about the weights, and an error carries no noise.
+        """
+        raw = checked_logits(self.adapter, inputs, neutral=neutral)
         return align_logits(raw / self.profile.temperature, self.adapter.classes, classes)
 
     def context(self, asked: Question, rule: EnsembleRule) -> SiteContext:
@@ -94,8 +107,12 @@ class SiteModel:
         return np.stack([self.calibrated_logits(copy, asked.classes) for copy in copies])
 
 
-def checked_logits(adapter: ModelAdapter, inputs: npt.NDArray[np.generic]) -> Array:
+def checked_logits(
+    adapter: ModelAdapter, inputs: npt.NDArray[np.generic], *, neutral: bool = False
+) -> Array:
     """Run the model and require finite logits of shape (n_queries, n_local_classes).
+
+    With `neutral`, rows that are not finite become rows of zeros instead.
 
     Raises
     ------
@@ -121,7 +138,10 @@ def checked_logits(adapter: ModelAdapter, inputs: npt.NDArray[np.generic]) -> Ar
             f"the local model returned shape {out.shape}, expected {expected}",
             hint="one row a query and one column a class; see LocalModel(classes=...)",
         )
-    if not np.isfinite(out).all():
+    finite = np.isfinite(out).all(axis=1, keepdims=True)
+    if neutral:
+        return np.where(finite, out, 0.0)
+    if not finite.all():
         raise ModelAnswerError("the local model returned NaN or infinite values")
     return out
 

@@ -24,14 +24,14 @@ class Cohort:
     public_key : bytes
         The querier's, of this session.
     content : bytes
-        Digest of the very message that asked. Two questions under one query id then have
-        other masks: a coordinator that asks twice at once, where a site's memory cannot
-        see it, learns nothing from the difference.
+        Digest of the very message that asked. Sites that are told different rows, rules or
+        options under one query id, and a site that is asked twice at once, then have masks
+        that do not cancel.
 
     Examples
     --------
     >>> Cohort(query_id="q-0", roster=Roster(()), public_key=b"").context().hex()[:8]
-    'c8263ef3'
+    'dac695a9'
     """
 
     query_id: str

@@ -118,7 +118,9 @@ class HeDP(HomomorphicEncryption):
 @functools.lru_cache(maxsize=64)
 def _calibrated(protection: HeDP, plan: ScorePlan) -> DistributedNoise:
     n_sites = plan.n_sites_max
-    n_honest = protection.least_sites(n_sites) - math.floor(protection.collusion_share * n_sites)
+    n_honest = protection.least_sites(n_sites) - math.floor(
+        protection.collusion_share * n_sites + 1e-9
+    )
     return DistributedNoise.calibrated(
         plan,
         epsilon=protection.epsilon,

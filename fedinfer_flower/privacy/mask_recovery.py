@@ -26,7 +26,12 @@ from fedinfer_flower.errors import (
 )
 from fedinfer_flower.privacy.base import Protection, ScorePlan
 from fedinfer_flower.privacy.cohort import Cohort
-from fedinfer_flower.privacy.mask_graph import neighbours
+from fedinfer_flower.privacy.mask_graph import (
+    FULL_GRAPH_MAX,
+    LEAST_PRESENT,
+    neighbours,
+    thinnest_window,
+)
 from fedinfer_flower.privacy.masked_answer import MaskedAnswer, MaskedTotal
 from fedinfer_flower.privacy.masks import SEED_BYTES, RingArray, leaf, mask, pair_key
 from fedinfer_flower.privacy.recovery_messages import (
@@ -314,6 +319,14 @@ def recovery_reply(
         raise ProtectionRefusedError(
             f"this site helps to open a sum with its own answer and of {needed} sites or"
             f" more, not of {len(asked.survivors)}"
+        )
+    if len(roster) > FULL_GRAPH_MAX + 1 and (
+        thinnest_window(asked.survivors, len(roster), roster.digest()) < LEAST_PRESENT
+    ):
+        # Two gaps in the circle, and the few between them would open apart.
+        raise ProtectionRefusedError(
+            "the sites that are said to have answered share too few masks with each other",
+            hint="ask again; by chance this happens to one large batch in thousands",
         )
     if asked.phase is Phase.REVEAL and masking.self_mask:
         _require_signatures(asked, cohort, needed)

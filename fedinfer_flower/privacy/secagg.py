@@ -73,16 +73,20 @@ class SecAgg(Protection):
     -------
     Against parties that follow the protocol: the coordinator alone sees uniform bits, and
     who answered. The querier alone sees the sum. Both together see the sum and no single
-    answer. All sites but one, together with the querier, know that one's answer by
-    subtraction; two honest sites hide each other. A coordinator alone that lies about who
-    dropped out learns nothing, because the querier's masks stay. Coordinator and querier
-    together that lie so see single answers, unless `self_mask` is on and fewer than a
-    third of the sites are on their side, and among more than 51 sites fewer than 20
-    altogether (20 of its 50 neighbours can remove a site's own mask). With a
-    `dropout_share` that allows D of N sites to drop out, N - 2D sites on their side let
-    them open sums of fewer sites than promised. Roster and keys must be genuine: whoever makes up
-    the other sites of a roster sees the one real answer. A sum is not differentially
-    private. Nothing here proves that a site masked its model's scores and not others.
+    answer; without `self_mask`, also that of a site whose reply arrives after the others
+    made good for it, or is refused: nobody has to lie. All sites but one, together with the
+    querier, know that one's answer by subtraction; two honest sites hide each other.
+
+    A coordinator alone that lies about who dropped out learns nothing, because the querier's
+    masks stay. Coordinator and querier together that lie so see single answers, unless
+    `self_mask` is on and fewer than a third of the sites are on their side, and among more
+    than 51 sites fewer than 12 (so many can help to cut the circle of masks; 20 of its 50
+    neighbours can remove a site's own mask). The options are the querier's to choose: a
+    site that does not trust it sets `OptionLimits(require_self_mask=True)`.
+
+    Roster and keys must be genuine: whoever makes up the other sites of a roster sees the
+    one real answer. A sum is not differentially private. Nothing here proves that a site
+    masked its model's scores and not others.
 
     References
     ----------

@@ -56,7 +56,9 @@ class SecAggDP(SecAgg):
     shrinks: with k sites pooling, by sqrt((N - D - k) / (N - D - c)). Coordinator and
     querier that lie together about dropouts can open one site's answer under its own part
     of the noise alone, which protects it little; `self_mask` prevents that. Nothing is
-    claimed for sites that leave out their noise beyond `collusion_share`.
+    claimed for sites that leave out their noise beyond `collusion_share`. Without
+    `self_mask`, coordinator and querier pooling also have the answer of a site whose reply
+    arrives after the others made good for it, under its own part of the noise alone.
 
     Examples
     --------
@@ -109,7 +111,9 @@ class SecAggDP(SecAgg):
 @functools.lru_cache(maxsize=64)
 def _calibrated(protection: SecAggDP, plan: ScorePlan) -> DistributedNoise:
     n_sites = plan.n_sites_max
-    n_honest = protection.least_sites(n_sites) - math.floor(protection.collusion_share * n_sites)
+    n_honest = protection.least_sites(n_sites) - math.floor(
+        protection.collusion_share * n_sites + 1e-9
+    )
     return DistributedNoise.calibrated(
         plan,
         epsilon=protection.epsilon,

@@ -165,7 +165,9 @@ class SiteBudget:
     -------
     Whatever order queries come in, each chosen after seeing the answers to others, the
     answers to one querier are (epsilon_per_querier, delta)-private and those to everyone
-    together (epsilon_global, delta)-private, for replacing the site's whole answers. This
+    together (epsilon_global, delta)-private, for replacing the site's whole answers, towards
+    those whom the protection's noise is for: under `he+dp` queriers without the
+    coordinator, under `secagg+dp` nobody who holds a late or a lied-about answer. This
     presumes that queriers are told apart reliably (a party with two names has two caps of
     one querier), that each charge is right, and that the file is neither deleted nor set
     back to an older copy. Not counted: that a site answered or refused, which shows how
@@ -256,8 +258,10 @@ class SiteBudget:
                     "this querier used this query id at this site before",
                     hint="ask again under a fresh query id",
                 )
-            for account, charge in costs:
-                self._require_room(db, account, charge)
+            for account, _ in costs:
+                # For the global cap too, as if nobody else had asked any of these rows:
+                # whether it is refused would tell.
+                self._require_room(db, account, charge_querier)
             for account, charge in costs:
                 add_to_account(db, account, to_units(charge), n_queries=1)
             texts = [json.dumps(to_units(charge)) for _, charge in costs]
@@ -353,7 +357,13 @@ class SiteBudget:
         after = to_charge(sum_of(before, to_units(charge)))
         if self._accountant.fits(after, cap * (1.0 + _CAP_SLACK), delta):
             return
-        whose = "all queriers together" if is_global else "one querier"
+        if is_global:
+            # Neither what others have spent nor which rows they asked is this querier's affair.
+            raise BudgetExceededError(
+                "the site's privacy budget for all queriers together does not cover this query",
+                hint="only the site's operator can raise its caps",
+            )
+        whose = "one querier"
         now, then = (self._accountant.epsilon(t, delta) for t in (to_charge(before), after))
         raise BudgetExceededError(
             f"the site's privacy budget for {whose} is epsilon {cap:g} (delta {delta:g});"

@@ -45,6 +45,8 @@ _HONEST_SUM: Final = (
 _SUM: Final = "the sum of the answers; one answer only as the sum determines it"
 _SEALED_ANSWERS: Final = "sealed answers, their sizes, who answered and when: no scores"
 
+_LATE: Final = "also the answer of a site whose reply came after it was counted as dropped"
+
 _PLAIN: Final = {
     Party.COORDINATOR: f"{_EVERY}, to float32",
     Party.QUERIER: "the combined answer, and what follows from it",
@@ -93,7 +95,7 @@ ANSWER: Final[Mapping[str, Mapping[Party, str]]] = {
     "secagg": {
         Party.COORDINATOR: "masked vectors, their sizes, who answered and when: no scores",
         Party.QUERIER: _SUM,
-        Party.POOLED: _SUM,
+        Party.POOLED: f"{_SUM}; {_LATE}",
         Party.OTHER_SITES: _HONEST_SUM,
         Party.ACTIVE_COORDINATOR: "no scores under the querier's key, but it can give the querier"
         " a sum of fewer sites, with members of its own; one answer"
@@ -102,9 +104,10 @@ ANSWER: Final[Mapping[str, Mapping[Party, str]]] = {
         Party.MALICIOUS_SITE: _UNSEEN_POISON,
     },
     "secagg self-mask": {
+        Party.POOLED: _SUM,
         Party.ACTIVE_POOLED: "the sum of the sites that it names as survivors, while fewer than a"
-        " third of the sites are on its side, and in large federations fewer than 20 neighbours of"
-        " any site; else one answer, as with a roster of its own making",
+        " third of the sites are on its side, and of more than 51"
+        " sites fewer than 12; else one answer, as with a roster of its own making",
     },
     "secagg coordinator key": {
         Party.OTHER_SITES: "alone: nothing; pooling with the coordinator: the sum of the other"
@@ -113,7 +116,7 @@ ANSWER: Final[Mapping[str, Mapping[Party, str]]] = {
     "secagg+dp": {
         Party.COORDINATOR: "masked vectors, their sizes, who answered and when: no scores",
         Party.QUERIER: _NOISY_SUM,
-        Party.POOLED: _NOISY_SUM,
+        Party.POOLED: f"{_NOISY_SUM}; {_LATE}, with its share of the noise only",
         Party.OTHER_SITES: "alone: nothing; k sites pooling with the querier: the sum of the rest,"
         " with the noise of the rest only, so epsilon holds up to the number of colluding sites"
         " that the noise was planned for",
@@ -126,9 +129,10 @@ ANSWER: Final[Mapping[str, Mapping[Party, str]]] = {
         " weakens epsilon for all",
     },
     "secagg+dp self-mask": {
+        Party.POOLED: _NOISY_SUM,
         Party.ACTIVE_POOLED: "the sum of the sites that it names as survivors with their noise,"
-        " while fewer than a third of the sites are on its side, and in large federations fewer"
-        " than 20 neighbours of any site; else one answer with that site's"
+        " while fewer than a third of the sites are on its side, and of more than 51"
+        " sites fewer than 12; else one answer with that site's"
         " share of the noise, as with a roster of its own making",
     },
     "secagg+dp coordinator key": {

@@ -21,7 +21,7 @@ from fedinfer_flower.reporting.formats import (
 
 __all__ = ["summary_table"]
 
-_COLUMNS = ("right", "95 % interval", "s", "B/query", "ε query / all")
+_COLUMNS = ("right", "95 % interval", "s", "B/query", "ε query\n/ all")
 
 
 def _epsilons(row: Row) -> str:

@@ -4,9 +4,10 @@ The querier is the parent process. It leaves jobs in a folder and keeps its keys
 process is the coordinator (and, through Flower's engine, the sites) and never has them.
 
 Run as ``python -m fedinfer_flower.simulation.federation FOLDER``. The folder holds
-``plan.json`` and ``sites/``. The child writes ``directory.fi``; the parent then leaves
-``<label>.job`` for every step, sealed to the sites of the directory or in clear, and
-``jobs.ready``; the child answers with ``<label>.answer``, ``<label>.report.json`` and
+``plan.json`` and ``sites/``. The child writes ``directory.fi``, and ``statement-<n>.fi`` of
+each site that takes part in joint computations; the parent then leaves ``<label>.job`` for
+every step, sealed to the sites of the directory, encrypted, as sealed shares, or in clear,
+and ``jobs.ready``; the child answers with ``<label>.answer``, ``<label>.report.json`` and
 ``<label>.receipt.json``. Progress goes to standard output, a JSON object a line.
 """
 
@@ -18,22 +19,34 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from flwr.app import Context
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
 from fedinfer_flower.clients import InferenceMod
+from fedinfer_flower.clients.mpc_answering import MPC as JOINT_ACTION
+from fedinfer_flower.encrypted_query.documents import EncryptedJob
 from fedinfer_flower.errors import QueryError
+from fedinfer_flower.mpc.documents import MpcJob
+from fedinfer_flower.mpc.session import MpcSession
 from fedinfer_flower.privacy.base import make_protection
 from fedinfer_flower.query import Deadline
 from fedinfer_flower.simulation.engine import run_on_engine
 from fedinfer_flower.simulation.institution import Institution
+from fedinfer_flower.simulation.joint_sites import JointSetUp, JointSites, joint_report
+from fedinfer_flower.simulation.local_grid import LocalGrid
 from fedinfer_flower.strategies import FedEnsemble
+from fedinfer_flower.strategies.fed_encrypted_query import FedEncryptedQuery
+from fedinfer_flower.strategies.fed_mpc import FedMPC
 from fedinfer_flower.strategies.handover import read_job, write_whole
+from fedinfer_flower.strategies.result import InferenceResult
 
-__all__ = ["FederationPlan", "Step", "main", "run_steps"]
+__all__ = ["ENCRYPTED_QUERY", "MPC", "FederationPlan", "Step", "main", "run_steps"]
+
+ENCRYPTED_QUERY: Final = "encrypted-query"
+MPC: Final = "mpc"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +59,7 @@ class Step:
         Names the files.
     rule : str
     protection : str
+        Of the registry, or `ENCRYPTED_QUERY` or `MPC`.
     options : mapping
         Of the protection.
     sealed : bool
@@ -70,12 +84,23 @@ class FederationPlan:
     steps : tuple of Step
     timeout_s : float
         Of one query, the first of which waits for the sites' training.
+    protections, querier_key_ids : tuple of str, optional
+        What the sites consent to; default anything, for anyone.
+    joint : JointSetUp, optional
+        Of sites that compute together.
+    in_process : bool
+        Whether sites are threads of the child, over Flower's wire format, and not on
+        Flower's engine.
     """
 
     n_sites: int
     share_counts: str
     steps: tuple[Step, ...]
     timeout_s: float = 180.0
+    protections: tuple[str, ...] | None = None
+    querier_key_ids: tuple[str, ...] | None = None
+    joint: JointSetUp | None = None
+    in_process: bool = False
 
     def write(self, folder: Path) -> None:
         """Write ``plan.json``."""
@@ -83,6 +108,10 @@ class FederationPlan:
             "n_sites": self.n_sites,
             "share_counts": self.share_counts,
             "timeout_s": self.timeout_s,
+            "protections": self.protections,
+            "querier_key_ids": self.querier_key_ids,
+            "in_process": self.in_process,
+            "joint": None if self.joint is None else self.joint.to_dict(),
             "steps": [
                 {
                     "label": s.label,
@@ -101,30 +130,78 @@ class FederationPlan:
         """Read ``plan.json``."""
         plain = json.loads((folder / "plan.json").read_text())
         steps = tuple(Step(**step) for step in plain.pop("steps"))
-        return cls(steps=steps, **plain)
+        joint = plain.pop("joint")
+        for name in ("protections", "querier_key_ids"):
+            plain[name] = None if plain[name] is None else tuple(plain[name])
+        return cls(
+            steps=steps, joint=None if joint is None else JointSetUp.from_dict(joint), **plain
+        )
 
 
-def client_app(folder: Path, *, share_counts: str) -> ClientApp:
+def client_app(
+    folder: Path,
+    *,
+    share_counts: str,
+    protections: tuple[str, ...] | None = None,
+    querier_key_ids: tuple[str, ...] | None = None,
+    joint: JointSetUp | None = None,
+) -> ClientApp:
     """Return the app of every simulated site."""
-    load_model = Institution(folder / "sites")
-    return InferenceMod(load_model, share_counts=share_counts).attach(ClientApp())
+    mod = InferenceMod(
+        Institution(folder / "sites"),
+        share_counts=share_counts,
+        protections=protections,
+        querier_key_ids=querier_key_ids,
+    )
+    app = mod.attach(ClientApp())
+    if joint is not None:
+        app.query(JOINT_ACTION)(JointSites(folder / "sites", joint).handle)
+    return app
 
 
 def run_steps(grid: Grid, folder: Path, plan: FederationPlan) -> None:
     """Publish the directory, ask every step's job on a grid, write what comes out."""
     directory = _strategy(plan, plan.steps[0]).directory(grid)
     write_whole(folder / "directory.fi", directory.to_bytes())
+    joint = FedMPC(deadline=Deadline(timeout_s=plan.timeout_s), min_available_nodes=plan.n_sites)
+    if plan.joint is not None:
+        for number, statement in enumerate(joint.collect(grid)):
+            write_whole(folder / f"statement-{number}.fi", statement)
     _tell({"done": 0, "of": len(plan.steps), "label": "sealing queries"})
     _wait_for(folder / "jobs.ready", timeout_s=plan.timeout_s)
     for number, step in enumerate(plan.steps):
-        job = read_job((folder / f"{step.label}.job").read_bytes())
-        result = _strategy(plan, step).start(grid, job)
-        (folder / f"{step.label}.answer").write_bytes(result.combined.to_bytes())
-        if result.receipt is not None:
-            (folder / f"{step.label}.receipt.json").write_bytes(result.receipt.to_bytes())
-        report = json.dumps(result.to_dict())
-        (folder / f"{step.label}.report.json").write_text(report)
+        data = (folder / f"{step.label}.job").read_bytes()
+        if step.protection == MPC:
+            answer, report = _ask_jointly(grid, joint, data)
+        else:
+            answer, report = _ask(grid, folder, plan, step, data)
+        (folder / f"{step.label}.answer").write_bytes(answer)
+        (folder / f"{step.label}.report.json").write_text(json.dumps(report))
         _tell({"done": number + 1, "of": len(plan.steps), "label": step.label})
+
+
+def _ask(
+    grid: Grid, folder: Path, plan: FederationPlan, step: Step, data: bytes
+) -> tuple[bytes, dict[str, Any]]:
+    result: InferenceResult
+    if step.protection == ENCRYPTED_QUERY:
+        strategy = FedEncryptedQuery(
+            deadline=Deadline(timeout_s=plan.timeout_s), min_available_nodes=plan.n_sites
+        )
+        result = strategy.start(grid, EncryptedJob.from_bytes(data))
+    else:
+        result = _strategy(plan, step).start(grid, read_job(data))
+    if result.receipt is not None:
+        (folder / f"{step.label}.receipt.json").write_bytes(result.receipt.to_bytes())
+    return result.combined.to_bytes(), result.to_dict()
+
+
+def _ask_jointly(grid: Grid, joint: FedMPC, data: bytes) -> tuple[bytes, dict[str, Any]]:
+    job = MpcJob.from_bytes(data)
+    answer = joint.start(grid, job)
+    session = MpcSession.from_bytes(job.session)
+    report = joint_report(job, answer, n_queries=session.n_queries * session.n_batches)
+    return answer.to_bytes(), report
 
 
 def _strategy(plan: FederationPlan, step: Step) -> FedEnsemble:
@@ -146,19 +223,28 @@ def _wait_for(path: Path, *, timeout_s: float) -> None:
 
 
 def main(folder: Path) -> None:
-    """Run the plan of a folder on Flower's engine."""
+    """Run the plan of a folder on Flower's engine, or in this process."""
     plan = FederationPlan.read(folder)
+    sites = client_app(
+        folder,
+        share_counts=plan.share_counts,
+        protections=plan.protections,
+        querier_key_ids=plan.querier_key_ids,
+        joint=plan.joint,
+    )
+    # Sites that compute together wait for each other: each needs a worker.
+    workers = 2 if plan.joint is None else len(plan.joint.parties)
+    if plan.in_process:
+        with LocalGrid(sites, num_supernodes=plan.n_sites, workers=workers) as grid:
+            run_steps(grid, folder, plan)
+        return
     server_app = ServerApp()
 
     @server_app.main()
     def _(grid: Grid, context: Context) -> None:  # noqa: ARG001
         run_steps(grid, folder, plan)
 
-    run_on_engine(
-        server_app,
-        client_app(folder, share_counts=plan.share_counts),
-        num_supernodes=plan.n_sites,
-    )
+    run_on_engine(server_app, sites, num_supernodes=plan.n_sites, num_cpus=workers)
 
 
 def _tell(event: Mapping[str, Any]) -> None:

@@ -13,6 +13,7 @@ from flwr.app import Context
 
 from fedinfer_flower.clients.local_model import LocalModel
 from fedinfer_flower.simulation.data import Dataset
+from fedinfer_flower.simulation.networks import NETWORKS, fit_network
 
 __all__ = ["KINDS", "Institution", "InstitutionRows", "fit_kind", "write_institutions"]
 
@@ -36,8 +37,10 @@ class InstitutionRows:
     inputs, holdout_inputs : float array of shape (n_examples, n_features)
     labels, holdout_labels : int array of shape (n_examples,)
     kind : str
-        Of `KINDS`.
+        Of `KINDS` or `NETWORKS`.
     seed : int
+    n_classes : int
+        Agreed classes "0", "1", ...: those of a network.
     """
 
     inputs: npt.NDArray[np.float64]
@@ -46,10 +49,14 @@ class InstitutionRows:
     holdout_labels: npt.NDArray[np.int64]
     kind: str
     seed: int
+    n_classes: int
 
     def fit(self) -> LocalModel:
         """Train the institution's model on its own rows."""
-        model, classes = fit_kind(self.kind, self.inputs, self.labels, seed=self.seed)
+        if self.kind in NETWORKS:
+            model, classes = self.fit_network(), [str(c) for c in range(self.n_classes)]
+        else:
+            model, classes = fit_kind(self.kind, self.inputs, self.labels, seed=self.seed)
         counts = {str(c): float(n) for c, n in Counter(self.labels.tolist()).items()}
         side = round(self.inputs.shape[1] ** 0.5)
         is_image = self.inputs.shape[1] == 64
@@ -61,6 +68,12 @@ class InstitutionRows:
             reference_inputs=self.inputs,
             augment=(lambda x: _rotated(x, side)) if is_image else _jittered,
             model_card={"kind": self.kind},
+        )
+
+    def fit_network(self) -> Any:
+        """Train the institution's network, where it holds one."""
+        return fit_network(
+            self.kind, self.inputs, self.labels, n_classes=self.n_classes, seed=self.seed
         )
 
 
@@ -82,9 +95,17 @@ class Institution:
 
 
 def write_institutions(
-    folder: Path, dataset: Dataset, rows: list[npt.NDArray[np.int64]], *, seed: int
+    folder: Path,
+    dataset: Dataset,
+    rows: list[npt.NDArray[np.int64]],
+    *,
+    seed: int,
+    kinds: tuple[str, ...] = KINDS,
 ) -> None:
-    """Give each institution its rows, 15 % of them held out for calibration."""
+    """Give each institution its rows, 15 % of them held out for calibration.
+
+    Kinds of model go round: site k gets ``kinds[k % len(kinds)]``.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     for site, numbers in enumerate(rows):
         mixed = np.random.default_rng([seed, site]).permutation(numbers)
@@ -96,8 +117,9 @@ def write_institutions(
             labels=dataset.train_labels[kept],
             holdout_inputs=dataset.train_inputs[held],
             holdout_labels=dataset.train_labels[held],
-            kind=np.array(KINDS[site % len(KINDS)]),
+            kind=np.array(kinds[site % len(kinds)]),
             seed=np.array(seed),
+            n_classes=np.array(len(dataset.classes)),
         )
 
 
@@ -111,6 +133,7 @@ def read_institution(folder: Path, site: int) -> InstitutionRows:
             holdout_labels=file["holdout_labels"],
             kind=str(file["kind"]),
             seed=int(file["seed"]),
+            n_classes=int(file["n_classes"]),
         )
 
 

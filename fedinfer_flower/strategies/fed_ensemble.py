@@ -367,8 +367,6 @@ class FedEnsemble(InferenceStrategy):
             ]
         )
 
-    # -- parts -------------------------------------------------------------------------
-
     def _run_batch(
         self, grid: Grid, query_id: str, inputs: npt.NDArray[np.generic] | SealedBatch
     ) -> tuple[CombinedBatch, QueryReport]:

@@ -8,7 +8,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from fedinfer_flower.errors import InvalidValueError, ShapeError
+from fedinfer_flower.errors import InvalidScoresError, InvalidValueError, ShapeError
 
 __all__ = ["DTYPES", "array_from_bytes", "array_to_bytes"]
 
@@ -43,6 +43,8 @@ def array_from_bytes(
     ------
     ShapeError
         If the dtype is unknown, or the bytes do not fill the shape exactly, or it is empty.
+    InvalidScoresError
+        If a value is not finite.
 
     Examples
     --------
@@ -57,5 +59,7 @@ def array_from_bytes(
     if not shape or 0 in shape or len(data) != math.prod(shape) * little.itemsize:
         raise ShapeError(f"{len(data)} bytes do not fill an array of shape {shape} and {dtype}")
     array: npt.NDArray[np.generic] = np.frombuffer(data, dtype=little).reshape(shape)
+    if array.dtype.kind == "f" and not np.isfinite(array).all():
+        raise InvalidScoresError("an array with NaN or infinite values")
     array.flags.writeable = False
     return array

@@ -13,21 +13,26 @@ import pytest
 from flwr.app import Message
 from flwr.clientapp import ClientApp
 
-from fedinfer_flower.clients.encrypted_answering import EncryptedHandler, EncryptedPolicy
+from fedinfer_flower.clients.encrypted_answering import EncryptedPolicy
 from fedinfer_flower.clients.local_model import LocalModel
 from fedinfer_flower.clients.mod import InferenceMod
-from fedinfer_flower.encrypted_query.documents import ACTION, EncryptedJob
+from fedinfer_flower.encrypted_query.documents import ACTION, NAME, EncryptedJob
 from fedinfer_flower.encrypted_query.network import MISSING_LOGIT
 from fedinfer_flower.errors import (
     BindingError,
+    ConfigError,
     InvalidValueError,
     KeyAtCoordinatorError,
+    ProtectionRefusedError,
     QuorumNotMetError,
+    ReplayError,
 )
+from fedinfer_flower.privacy.site_budget import BudgetPolicy
 from fedinfer_flower.querier.encrypted_querier import EncryptedQuerier
 from fedinfer_flower.query import Deadline
 from fedinfer_flower.simulation.local_grid import LocalGrid
 from fedinfer_flower.strategies.fed_encrypted_query import FedEncryptedQuery
+from fedinfer_flower.wire.actions import ACTIONS, ENCRYPTED
 from fedinfer_flower.wire.records import pack, unpack
 
 pytest.importorskip("tenseal")
@@ -35,6 +40,7 @@ pytest.importorskip("tenseal")
 CLASSES = (("a", "b", "c"), ("b", "c", "d"), ("d", "a", "c"), ("a", "b", "d"))
 QUERIES = np.random.default_rng(9).uniform(-1.0, 1.0, (6, 3))
 DEADLINE = Deadline(timeout_s=120.0)
+LAX = EncryptedPolicy(min_agreement=0.8)
 
 
 @functools.cache
@@ -76,18 +82,24 @@ def job(querier):
     return querier.ask(QUERIES)
 
 
-def app_of(querier, *, policy=None, wrap=None):
-    mod = InferenceMod(load_model)
-    policy = policy or EncryptedPolicy(min_agreement=0.8, share_fidelity=True)
-    handler = EncryptedHandler(mod, querier_key_ids=(querier.key_id,), policy=policy)
-    app = mod.attach(ClientApp())
-
-    @app.query(ACTION)
-    def handle(message, context):
-        reply = handler.handle(message, context)
-        return reply if wrap is None else wrap(reply, message, context)
-
+def app_of(querier, *, policy=None, wrap=None, **options):
+    mod = InferenceMod(
+        load_model,
+        protections=(NAME,),
+        querier_key_ids=(querier.key_id,),
+        encrypted=policy or EncryptedPolicy(min_agreement=0.8, share_fidelity=True),
+        **options,
+    )
+    if wrap is None:
+        return mod.attach(ClientApp())
+    app = ClientApp()
+    for action in ACTIONS:
+        app.query(action)(mod.handle if action != ENCRYPTED else wrapped(mod, wrap))
     return app
+
+
+def wrapped(mod, wrap):
+    return lambda message, context: wrap(mod.handle(message, context), message, context)
 
 
 def strategy(**options):
@@ -219,12 +231,55 @@ def test_settings_that_contradict_each_other_are_refused():
         FedEncryptedQuery(min_sites=0)
 
 
-def test_site_with_a_privacy_budget_is_refused(tmp_path):
-    from fedinfer_flower.errors import ConfigError
+def test_action_of_documents_and_handlers_is_one():
+    assert ACTION == ENCRYPTED
+    assert ENCRYPTED in ACTIONS
 
-    mod = InferenceMod(load_model)
-    mod._budget = object()
+
+def test_query_id_is_answered_once(querier, job):
+    with LocalGrid(app_of(querier), num_supernodes=3) as grid:
+        strategy(min_available_nodes=3).start(grid, job)
+        with pytest.raises(QuorumNotMetError, match=ReplayError.code):
+            strategy(min_available_nodes=3).start(grid, job)
+
+
+def test_site_with_a_home_remembers_query_ids_over_runs(querier, job, tmp_path):
+    for error in ("", ReplayError.code):
+        with LocalGrid(app_of(querier, home=tmp_path), num_supernodes=3) as grid:
+            if not error:
+                strategy(min_available_nodes=3).start(grid, job)
+                continue
+            with pytest.raises(QuorumNotMetError, match=error):
+                strategy(min_available_nodes=3).start(grid, job)
+
+
+def test_pin_file_of_the_home_serves_as_pins(querier, job, tmp_path):
+    (tmp_path / "pins.toml").write_text(f'[queriers]\nlab = "{querier.key_id}"\n')
+    mod = InferenceMod(load_model, protections=(NAME,), home=tmp_path, encrypted=LAX)
+    with LocalGrid(mod.attach(ClientApp()), num_supernodes=3) as grid:
+        result = strategy(min_available_nodes=3).start(grid, job)
+    assert not result.degraded
+
+
+@pytest.mark.parametrize("consent", [{}, {"protections": (NAME,)}, {"querier_key_ids": ("own",)}])
+def test_site_without_both_consents_refuses(querier, job, consent):
+    options = {k: (querier.key_id,) if v == ("own",) else v for k, v in consent.items()}
+    mod = InferenceMod(load_model, **options)
+    with (
+        LocalGrid(mod.attach(ClientApp()), num_supernodes=3) as grid,
+        pytest.raises(QuorumNotMetError, match=ProtectionRefusedError.code),
+    ):
+        strategy(min_available_nodes=3).start(grid, job)
+
+
+def test_privacy_budget_beside_encrypted_queries_is_refused(tmp_path):
+    policy = BudgetPolicy(epsilon_per_querier=1.0, epsilon_global=10.0)
     with pytest.raises(ConfigError, match="privacy budget"):
-        EncryptedHandler(mod, querier_key_ids=("0" * 64,))
-    with pytest.raises(InvalidValueError, match="at least one key"):
-        EncryptedHandler(InferenceMod(load_model), querier_key_ids=())
+        InferenceMod(load_model, protections=(NAME,), home=tmp_path, budget=policy)
+
+
+def test_terms_without_consent_are_refused():
+    with pytest.raises(ConfigError, match="not agreed"):
+        InferenceMod(load_model, encrypted=EncryptedPolicy())
+    with pytest.raises(ConfigError, match="not agreed"):
+        InferenceMod(load_model, protections=("he",), encrypted=EncryptedPolicy())

@@ -7,8 +7,8 @@ from fedinfer_flower.errors import InvalidValueError
 from fedinfer_flower.reporting import summary_table
 
 
-def shown(results):
-    console = Console(file=io.StringIO(), width=160, color_system=None)
+def shown(results, *, width=160):
+    console = Console(file=io.StringIO(), width=width, color_system=None)
     console.print(summary_table(results))
     return console.file.getvalue()
 
@@ -21,7 +21,7 @@ def test_summary_table_rows_and_columns(results):
         "95 % interval",
         "s",
         "B/query",
-        "ε query / all",
+        "ε query\n/ all",
     ]
     assert table.row_count == 5 + 2 + 3 + 3 + 1
 
@@ -36,6 +36,17 @@ def test_summary_table_shows_baselines_mark_and_epsilons(results):
         "central bound",
     ):
         assert part in text
+
+
+def test_summary_table_in_80_columns_cuts_no_figure(results):
+    results["sites"][0] |= {"accuracy": 1.0, "low": 0.934, "high": 1.0}
+    for entry in results["protections"]:
+        entry |= {"seconds": 13.94, "bytes_per_query": 107_374.0}
+    results["protections"][-1] |= {"epsilon_per_query": 8.0, "epsilon_total": 17.93}
+    text = shown(results, width=80)
+    for part in ("93.4 to 100.0 %", "107.4 kB", "8 / 17.9", "13.9", "ε query", "/ all"):
+        assert part in text
+    assert "…" not in text
 
 
 def test_summary_table_markup_and_escapes_in_names_are_text(results):
