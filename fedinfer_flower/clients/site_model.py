@@ -124,7 +124,9 @@ def checked_logits(
     hint = "see the site's own log; are shape and dtype of the inputs right?"
     with contained(ModelAnswerError, "the local model failed on the query", hint=hint):
         try:
-            out, spent = adapter.logits(inputs), False
+            # What overflows is dealt with below; a warning would end in the site's log.
+            with np.errstate(all="ignore"):
+                out, spent = adapter.logits(inputs), False
         except BudgetExceededError:  # its own text may say anything: fixed words leave
             out, spent = np.empty((0, 0)), True
     if spent:

@@ -351,22 +351,20 @@ class SiteBudget:
     def _require_room(self, db: sqlite3.Connection, account: str, charge: Charge) -> None:
         if charge.is_free:
             return
-        is_global = account == _GLOBAL
-        cap = self.policy.epsilon_global if is_global else self.policy.epsilon_per_querier
+        cap = self.policy.epsilon_per_querier if account else self.policy.epsilon_global
         before, delta = total_of(db, account), self.policy.delta
         after = to_charge(sum_of(before, to_units(charge)))
         if self._accountant.fits(after, cap * (1.0 + _CAP_SLACK), delta):
             return
-        if is_global:
+        if account == _GLOBAL:
             # Neither what others have spent nor which rows they asked is this querier's affair.
             raise BudgetExceededError(
                 "the site's privacy budget for all queriers together does not cover this query",
                 hint="only the site's operator can raise its caps",
             )
-        whose = "one querier"
         now, then = (self._accountant.epsilon(t, delta) for t in (to_charge(before), after))
         raise BudgetExceededError(
-            f"the site's privacy budget for {whose} is epsilon {cap:g} (delta {delta:g});"
+            f"the site's privacy budget for one querier is epsilon {cap:g} (delta {delta:g});"
             f" {now:.4g} is spent and {then:.4g} would be after this query of"
             f" {charge.n_rows} rows",
             hint="ask fewer rows, or with more noise (a smaller epsilon); only the site's"

@@ -130,11 +130,12 @@ def test_refused_query_was_not_seen_by_the_model_and_costs_nothing(asker):
     asker.ask()
 
 
-def test_failed_model_gets_the_charge_back_and_stores_nothing(asker):
+def test_failed_model_keeps_the_charge_and_stores_nothing(asker):
+    """That a model fails on a row tells something about it, and errors carry no noise."""
     asker.fail = True
     with pytest.raises(ModelAnswerError):
         asker.ask()
-    assert asker.memory.budget.spent(None)[0] == 0.0
+    assert asker.memory.budget.spent(None)[0] > 0.0
     assert len(asker.memory.answers) == 0
     asker.memory.budget.verify()
 

@@ -575,7 +575,9 @@ class Remembering:
         context = Context(run_id=1, node_id=1, node_config={}, state=RecordDict(), run_config={})
         self.memory = ContextMemory(context)
         self.memory.identity = batch.sites[site]
-        self.memory.admit(batch.cohort.query_id, recovery_context(batch.cohort, batch.protection))
+        self.memory.admit(
+            batch.cohort.query_id, recovery_context(batch.cohort, batch.protection, run_id=1)
+        )
 
     def reply(self, request: bytes, **changes: object) -> bytes:
         call = RecoveryCall(
@@ -586,7 +588,7 @@ class Remembering:
             roster=self.batch.cohort.roster,
             request=request,
         )
-        return answer_recovery(dataclasses.replace(call, **changes), self.memory)  # type: ignore[arg-type]
+        return answer_recovery(dataclasses.replace(call, **changes), self.memory, run_id=1)  # type: ignore[arg-type]
 
 
 @both

@@ -130,12 +130,28 @@ def test_charges_below_every_unit_still_add_up(budget: SiteBudget) -> None:
 
 
 def test_rows_seen_by_others_cost_a_new_querier_only(budget: SiteBudget) -> None:
-    reserve(budget, "q0", Charge.pure(0.5, 4))
+    reserve(budget, "q0", Charge.pure(0.5, 2))
     for querier in ("bob", "eve"):
-        reserve(budget, "q0", Charge.pure(0.5, 4), querier=querier, globally=Charge())
-    assert budget.spent(None) == (2.0, 0.0)
-    assert budget.spent("eve") == (2.0, 0.0)
-    assert budget.status()[0].n_rows == 4
+        reserve(budget, "q0", Charge.pure(0.5, 2), querier=querier, globally=Charge())
+    assert budget.spent(None) == (1.0, 0.0)
+    assert budget.spent("eve") == (1.0, 0.0)
+    assert budget.status()[0].n_rows == 2
+
+
+def test_refusal_does_not_tell_what_others_have_asked(budget: SiteBudget) -> None:
+    """Whether rows were free for all together must not show, in words or in being refused."""
+    cap = budget.policy.epsilon_global
+    reserve(budget, "q0", Charge.pure(0.75 * cap / 2, 1))
+    reserve(budget, "q1", Charge.pure(0.75 * cap / 2, 1), querier="bob")
+    texts = set()
+    for querier, globally in (("eve", Charge()), ("mallory", Charge.pure(cap / 2, 1))):
+        with pytest.raises(BudgetExceededError) as caught:
+            reserve(budget, "q2", Charge.pure(cap / 2, 1), querier=querier, globally=globally)
+        texts.add(str(caught.value))
+    assert len(texts) == 1
+    assert not any(
+        character.isdigit() for character in texts.pop().split(":", 1)[1].split("docs")[0]
+    )
 
 
 def test_free_answer_passes_a_cap_that_is_used_up(path: Path) -> None:

@@ -191,13 +191,24 @@ def test_exact_answers_are_refused_under_a_budget_unless_named(make_federation, 
     assert len(querier.open(result.combined)) == len(ROWS)
 
 
-def test_model_that_fails_gives_the_charge_back(make_federation, home):
+def test_model_that_fails_keeps_the_charge(make_federation, home):
     federation = make_federation(home=home, budget=policy())
     me = Identity.generate()
     with pytest.raises(QuorumNotMetError, match="FI404"):
         federation.ask(federation.strategy(PROTECTION), np.zeros((1, 9)), identity=me)
-    assert spent(home, me.key_id) == 0.0
-    assert spent(home, None) == 0.0
+    assert spent(home, me.key_id) > 0.0
+    assert spent(home, None) > 0.0
+
+
+def test_row_that_overflows_the_model_is_answered_with_noise_and_charged(make_federation, home):
+    """Otherwise errors would measure the weights exactly, row by row, for nothing."""
+    federation = make_federation(home=home, budget=policy())
+    me = Identity.generate()
+    rows = np.full((1, ROWS.shape[1]), 1e308)
+    querier, _, result = federation.ask(federation.strategy(PROTECTION), rows, identity=me)
+    assert not result.degraded
+    assert np.isfinite(querier.totals(result.combined)).all()
+    assert spent(home, me.key_id) > 0.0
 
 
 def test_one_site_without_budget_left_is_made_good_for(make_federation, home):
