@@ -88,7 +88,7 @@ def _meter(run: DemoRun, chosen: StepOutcome) -> dict[str, Any]:
     delta = float(given["delta"])
     accountant = Accountant(composition="gaussian")
     points = []
-    for n_rows in _METER_POINTS:
+    for n_rows in sorted({*_METER_POINTS, len(run.dataset.test_labels)}):
         charge = protection.charge(plan, n_rows)
         if charge is not None:
             points.append({"queries": n_rows, "epsilon": accountant.epsilon(charge, delta)})
