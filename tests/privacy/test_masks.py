@@ -13,7 +13,12 @@ from scipy import stats
 
 from fedinfer_flower.errors import BindingError, EnvelopeError, ProtocolError, SealError
 from fedinfer_flower.privacy.cohort import Cohort, bitmap, places_of
-from fedinfer_flower.privacy.mask_graph import FULL_GRAPH_MAX, neighbours
+from fedinfer_flower.privacy.mask_graph import (
+    FULL_GRAPH_MAX,
+    LEAST_PRESENT,
+    neighbours,
+    thinnest_window,
+)
 from fedinfer_flower.privacy.masked_answer import MaskedAnswer, MaskedTotal
 from fedinfer_flower.privacy.masks import leaf, mask, pair_key
 from fedinfer_flower.privacy.recovery_messages import (
@@ -149,6 +154,60 @@ def test_graph_stays_in_one_piece_until_fifty_sites_are_gone() -> None:
             assert parts_without(n_sites, gone) == 1
     # Fifty can cut a site off: exactly its neighbours.
     assert parts_without(120, set(neighbours(7, 120, b"s"))) == 2
+
+
+HALF_DEGREE = FULL_GRAPH_MAX // 2
+
+
+def window_beside(place: int, n_sites: int) -> frozenset[int]:
+    """Return the 25 places on one side of a place on the circle.
+
+    The outermost neighbour on either side shares 24 neighbours with it; all others share more.
+    """
+    others = neighbours(place, n_sites, b"s")
+    for first in others:
+        side = {first} | (set(neighbours(first, n_sites, b"s")) & set(others))
+        if len(side) == HALF_DEGREE:
+            return frozenset(side)
+    raise AssertionError("no end of the neighbourhood was found")
+
+
+@settings(max_examples=50, deadline=None, derandomize=True)
+@given(n_sites=st.integers(101, 300), place=st.integers(0, 100), data=st.data())
+def test_thinnest_window_counts_who_is_left_of_any_25_side_by_side(
+    n_sites: int, place: int, data: st.DataObject
+) -> None:
+    window = window_beside(place, n_sites)
+    everyone = frozenset(range(n_sites))
+    assert thinnest_window(everyone, n_sites, b"s") == HALF_DEGREE
+    kept = data.draw(st.frozensets(st.sampled_from(sorted(window))))
+    # A window that is k steps off loses at most k of those kept, and has k others.
+    assert thinnest_window(everyone - window | kept, n_sites, b"s") == len(kept)
+    # Fewer present never make it thicker.
+    gone = data.draw(st.frozensets(st.integers(0, n_sites - 1), max_size=40))
+    before = thinnest_window(everyone - window | kept, n_sites, b"s")
+    assert thinnest_window((everyone - window | kept) - gone, n_sites, b"s") <= before
+
+
+@settings(max_examples=20, deadline=None, derandomize=True)
+@given(n_sites=st.integers(1, FULL_GRAPH_MAX + 1), data=st.data())
+def test_thinnest_window_of_a_full_graph_is_everybody(n_sites: int, data: st.DataObject) -> None:
+    present = data.draw(st.frozensets(st.integers(0, n_sites - 1)))
+    assert thinnest_window(present, n_sites, b"s") == len(present)
+
+
+def test_survivors_that_sites_accept_are_in_one_piece() -> None:
+    rng = np.random.default_rng(5)
+    n_sites, accepted = 150, 0
+    for _ in range(60):
+        # Dropouts as an attacker picks them: two windows, thinned out to what sites demand.
+        first, second = (window_beside(int(p), n_sites) for p in rng.choice(n_sites, 2))
+        stay = rng.permutation(sorted(first | second))[: int(rng.integers(0, 30))]
+        present = frozenset(range(n_sites)) - ((first | second) - set(stay.tolist()))
+        if thinnest_window(present, n_sites, b"s") >= LEAST_PRESENT:
+            accepted += 1
+            assert parts_without(n_sites, set(range(n_sites)) - present) == 1
+    assert accepted > 5  # else nothing was tested
 
 
 # -- bitmaps and records -------------------------------------------------------------------

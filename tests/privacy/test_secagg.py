@@ -517,6 +517,50 @@ def test_site_refuses_to_open_a_sum_of_few(protection: SecAgg, phase: Phase) -> 
         batch.reply(0, asked_of(batch, range(least - 1), phase, signatures=signed))
 
 
+def on_the_circle(batch: Batch) -> list[int]:
+    """Return the sites in the order of the circle: neighbours of neighbours, step by step."""
+    beside = {site: set(batch.neighbours(site)) for site in range(len(batch.sites))}
+    site_at = {batch.place(site): site for site in beside}
+    ring, left = [0], set(beside) - {0}
+    while left:
+        # The next on the circle shares 48 of its 50 neighbours with this one; so does the one
+        # before, which is taken already but for the first step.
+        here = beside[ring[-1]]
+        near = [site_at[place] for place in here if site_at[place] in left]
+        ring.append(max(near, key=lambda other: (len(beside[other] & here), other)))
+        left.remove(ring[-1])
+    return ring
+
+
+@both
+@pytest.mark.parametrize("phase", Phase)
+def test_site_refuses_dropouts_that_cut_the_circle(protection: SecAgg, phase: Phase) -> None:
+    """A coordinator that names the dropouts would open the sum of the few in between."""
+    batch = Batch(150, protection)
+    ring = on_the_circle(batch)
+    between, gone = ring[25:30], {*ring[:25], *ring[30:55]}
+    survivors = [site for site in range(150) if site not in gone]
+    assert len(survivors) >= protection.least_sites(150)
+    # It would cut: no survivor beyond the gaps shares a mask with those in between.
+    places = {batch.place(site) for site in survivors if site not in between}
+    assert not any(places & set(batch.neighbours(site)) for site in between)
+    signed = signatures(batch, survivors, survivors)
+    request = asked_of(batch, survivors, phase, signatures=signed)
+    for site in (between[2], ring[60], ring[100]):
+        with pytest.raises(ProtectionRefusedError, match="share too few masks"):
+            batch.reply(site, request)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_site_accepts_a_third_of_150_that_dropped_out_by_chance(seed: int) -> None:
+    order = np.random.default_rng(seed).permutation(150).tolist()
+    survivors = order[50:]
+    batch = Batch(150)
+    assert batch.reply(survivors[0], asked_of(batch, survivors))
+    shared = Batch(150, SELF)
+    assert shared.reply(survivors[0], asked_of(shared, survivors, Phase.CONFIRM))
+
+
 @both
 def test_site_refuses_to_open_a_sum_without_itself(protection: SecAgg) -> None:
     batch = Batch(9, protection)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from fedinfer_flower import Querier
-from fedinfer_flower.clients.consent import Consent
+from fedinfer_flower.clients.consent import Consent, OptionLimits
 from fedinfer_flower.errors import (
     DifferencingError,
     ProtectionRefusedError,
@@ -16,6 +16,7 @@ from fedinfer_flower.errors import (
     UntrustedKeyError,
 )
 from fedinfer_flower.privacy.base import ScorePlan, make_protection
+from fedinfer_flower.privacy.site_budget import BudgetPolicy, SiteBudget
 from fedinfer_flower.wire.identity import Identity
 from fedinfer_flower.wire.messages import Question
 from fedinfer_flower.wire.roster import Roster, Seat
@@ -180,6 +181,69 @@ def test_too_much_epsilon_a_query_is_refused(make_federation):
 def test_claimed_cohort_of_too_few_is_refused(protection):
     with pytest.raises(ProtectionRefusedError, match="needs at least"):
         check(Consent(), question(protection, [OWN], n_sites=1))
+
+
+STRICT = OptionLimits(
+    require_self_mask=True, max_dropout_share=1 / 3, min_collusion_share=0.1, max_delta=1e-5
+)
+ACCEPTED = {"epsilon": 24.0, "self_mask": True, "collusion_share": 0.1, "dropout_share": 1 / 3}
+WEAKENED = [
+    ({"self_mask": False}, "a mask of its own"),
+    ({"self_mask": False, "dropout_share": 0.45}, "a mask of its own|dropout_share"),
+    ({"collusion_share": 0.0}, "collusion_share from 0.1"),
+    ({"delta": 1e-3}, "delta up to 1e-05"),
+]
+
+
+@pytest.mark.parametrize(("changes", "named"), WEAKENED, ids=str)
+def test_options_that_a_strict_site_does_not_accept_are_refused_by_name(changes, named):
+    asked = question("secagg+dp", [OWN])
+    strict = Consent(option_limits=STRICT)
+    accepted = make_protection("secagg+dp", ACCEPTED)
+    strict.check(asked, accepted, PLAN, sealed=True, budgeted=False)
+    weak = make_protection("secagg+dp", ACCEPTED | changes)
+    Consent().check(asked, weak, PLAN, sealed=True, budgeted=False)
+    with pytest.raises(ProtectionRefusedError, match=named):
+        strict.check(asked, weak, PLAN, sealed=True, budgeted=False)
+
+
+def test_share_of_dropouts_that_a_strict_site_does_not_accept_is_refused_by_name():
+    # With self_mask no more than a third can be built: here the limit on its own.
+    strict = Consent(option_limits=OptionLimits(max_dropout_share=1 / 3))
+    for name in ("secagg", "secagg+dp"):
+        weak = make_protection(name, {"dropout_share": 0.45})
+        with pytest.raises(ProtectionRefusedError, match=r"dropout_share up to 0\.333"):
+            strict.check(question(name, [OWN]), weak, PLAN, sealed=True, budgeted=False)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"self_mask": False},
+        {"self_mask": False, "dropout_share": 0.45},
+        {"collusion_share": 0.0},
+        {"delta": 1e-3},
+    ],
+    ids=str,
+)
+def test_strict_sites_refuse_weak_options_before_anything_is_spent(make_federation, home, changes):
+    policy = BudgetPolicy(epsilon_per_querier=200.0, epsilon_global=400.0, delta=1e-5)
+    federation = make_federation(home=home, budget=policy, option_limits=STRICT)
+    me = Identity.generate()
+    with pytest.raises(QuorumNotMetError, match="FI308"):
+        federation.ask(
+            federation.strategy(make_protection("secagg+dp", ACCEPTED | changes)), identity=me
+        )
+    assert federation.seen_inputs == []
+    for database in home.glob("partition-*/budget.sqlite"):
+        assert SiteBudget(database, policy).spent(me.key_id)[0] == 0.0
+    accepted = federation.strategy(make_protection("secagg+dp", ACCEPTED))
+    querier, _, result = federation.ask(accepted, identity=me)
+    assert len(querier.open(result.combined)) == len(ROWS)
+    databases = list(home.glob("partition-*/budget.sqlite"))
+    assert len(databases) == 5
+    for database in databases:
+        assert SiteBudget(database, policy).spent(me.key_id)[0] > 0.0
 
 
 # -- differencing --------------------------------------------------------------------------
