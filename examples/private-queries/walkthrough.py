@@ -44,8 +44,10 @@ def ask(folder, me, rows, connection):
     (exchange / "directory.fi").unlink(missing_ok=True)
     config = f'exchange="{exchange}" homes="{folder / "homes"}"'
     run = subprocess.Popen(
-        ["flwr", "run", ".", *connection, "--stream", "--run-config", config]
-        + ["--federation-config", f"num-supernodes={N_SITES}"],
+        [
+            *("flwr", "run", ".", *connection, "--stream", "--run-config", config),
+            *("--federation-config", f"num-supernodes={N_SITES}"),
+        ],
         cwd=Path(__file__).parent,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
