@@ -19,17 +19,20 @@ References
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
-from typing import Final
+from typing import TYPE_CHECKING, ClassVar, Final
 
 from fedinfer_flower.ensemble.base import EnsembleRule, ScoreKind
 from fedinfer_flower.errors import CapacityError, InvalidValueError
 from fedinfer_flower.privacy import gaussian_dp
 from fedinfer_flower.privacy.base import ScorePlan
-from fedinfer_flower.privacy.fixed_point import FixedPoint
+from fedinfer_flower.privacy.charge import Charge
+from fedinfer_flower.privacy.fixed_point import FixedPoint, IntArray
+from fedinfer_flower.privacy.noise import gaussian_integers
 
-__all__ = ["MIN_SITE_STD", "DistributedNoise", "check_noise_options", "refuse_logits"]
+__all__ = ["MIN_SITE_STD", "DistributedNoise", "SharedNoise", "check_noise_options"]
 
 MIN_SITE_STD: Final = 4
 _FRAC_BITS: Final = 12
@@ -131,11 +134,72 @@ def check_noise_options(
             raise InvalidValueError(f"{name} is in [0, 0.5), got {value!r}")
 
 
-def refuse_logits(rule: EnsembleRule) -> str:
-    """Return why noise for this rule would drown the answer; empty if it would not."""
-    if rule.score_kind is ScoreKind.LOGIT:
-        return (
-            f"rule {rule.name!r} sends raw logits, whose range is so wide that noise for it"
-            " drowns the answer"
+class SharedNoise:
+    """What a protection of integer sums gains when its sites share out Gaussian noise.
+
+    Mixed into a protection whose fields include those named here; its `codec`, `noise` and
+    `sum_slack` take the place of the exact ones.
+    """
+
+    ring: ClassVar[int]
+    name: ClassVar[str]
+    epsilon: float
+    delta: float
+    dropout_share: float
+    collusion_share: float
+
+    if TYPE_CHECKING:
+
+        def least_sites(self, n_sites_max: int) -> int:
+            """Return the fewest sites of a cohort: of the protection that this is mixed into."""
+
+    def check_rule(self, rule: EnsembleRule) -> str:
+        """Refuse raw logits, whose range is so wide that noise drowns the answer."""
+        if rule.score_kind is ScoreKind.LOGIT:
+            return (
+                f"rule {rule.name!r} sends raw logits, whose range is so wide that noise for it"
+                " drowns the answer"
+            )
+        return ""
+
+    def epsilon_delta(self, plan: ScorePlan) -> tuple[float, float]:  # noqa: ARG002
+        """Return (epsilon, delta) of one row; a site's total grows with every row."""
+        return self.epsilon, self.delta
+
+    def charge(self, plan: ScorePlan, n_rows: int) -> Charge:
+        """Return what `n_rows` drawn answers cost."""
+        return Charge.gaussian(self.calibrated(plan).mu, n_rows)
+
+    def calibrated(self, plan: ScorePlan) -> DistributedNoise:
+        """Return codec and noise of a plan, for the fewest sites less those that collude."""
+        n_sites = plan.n_sites_max
+        # A third of six is two, not 1.9999999999999998.
+        n_colluding = math.floor(self.collusion_share * n_sites + 1e-9)
+        return _calibrated(
+            plan,
+            epsilon=self.epsilon,
+            delta=self.delta,
+            n_honest=max(self.least_sites(n_sites) - n_colluding, 1),
+            modulus=self.ring,
         )
-    return ""
+
+    def codec(self, plan: ScorePlan) -> FixedPoint:
+        """Return the codec, with room for the noise."""
+        return self.calibrated(plan).codec
+
+    def noise(self, plan: ScorePlan, shape: tuple[int, ...]) -> IntArray:
+        """Return one site's part of the noise."""
+        return gaussian_integers(shape, self.calibrated(plan).site_std)
+
+    def sum_slack(self, plan: ScorePlan, n_sites: int) -> float:  # noqa: ARG002
+        """Return how far a sum of honest sites may lie beyond their bounds."""
+        return self.calibrated(plan).sum_slack
+
+
+@functools.lru_cache(maxsize=64)
+def _calibrated(
+    plan: ScorePlan, *, epsilon: float, delta: float, n_honest: int, modulus: int
+) -> DistributedNoise:
+    return DistributedNoise.calibrated(
+        plan, epsilon=epsilon, delta=delta, n_honest=n_honest, modulus=modulus
+    )

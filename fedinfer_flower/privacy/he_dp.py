@@ -2,21 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from dataclasses import dataclass
 
-from fedinfer_flower.ensemble.base import EnsembleRule
 from fedinfer_flower.errors import InvalidValueError
-from fedinfer_flower.privacy import noise
-from fedinfer_flower.privacy.base import PROTECTIONS, ScorePlan
-from fedinfer_flower.privacy.charge import Charge
-from fedinfer_flower.privacy.distributed_noise import (
-    DistributedNoise,
-    check_noise_options,
-    refuse_logits,
-)
-from fedinfer_flower.privacy.fixed_point import FixedPoint, IntArray
+from fedinfer_flower.privacy.base import PROTECTIONS
+from fedinfer_flower.privacy.distributed_noise import SharedNoise, check_noise_options
 from fedinfer_flower.privacy.he import HomomorphicEncryption
 from fedinfer_flower.privacy.he_schemes import BFV
 
@@ -25,7 +16,7 @@ __all__ = ["HeDP"]
 
 @PROTECTIONS.register("he+dp")
 @dataclass(frozen=True, kw_only=True)
-class HeDP(HomomorphicEncryption):
+class HeDP(SharedNoise, HomomorphicEncryption):
     """Encrypt scores with a part of Gaussian noise in each, so that their sum holds all of it.
 
     Use where `he` suits and the querier asks many queries; prefer `secagg+dp` where
@@ -67,6 +58,8 @@ class HeDP(HomomorphicEncryption):
     dropout_share: float = 1 / 3
     collusion_share: float = 0.1
 
+    ring = BFV.plain_modulus
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.scheme != BFV.name:
@@ -85,46 +78,3 @@ class HeDP(HomomorphicEncryption):
         """Return the fewest sites of a cohort whose sum holds enough noise."""
         dropouts = math.floor(self.dropout_share * n_sites_max + 1e-9)
         return max(self.min_cohort, n_sites_max - dropouts)
-
-    def check_rule(self, rule: EnsembleRule) -> str:
-        """Refuse raw logits."""
-        return refuse_logits(rule)
-
-    def epsilon_delta(self, plan: ScorePlan) -> tuple[float, float]:  # noqa: ARG002
-        """Return (epsilon, delta) of one row; a site's total grows with every row."""
-        return self.epsilon, self.delta
-
-    def charge(self, plan: ScorePlan, n_rows: int) -> Charge:
-        """Return what `n_rows` drawn answers cost."""
-        return Charge.gaussian(self.calibrated(plan).mu, n_rows)
-
-    def calibrated(self, plan: ScorePlan) -> DistributedNoise:
-        """Return codec and noise of a plan."""
-        return _calibrated(self, plan)
-
-    def codec(self, plan: ScorePlan) -> FixedPoint:
-        """Return the codec, with room for the noise."""
-        return self.calibrated(plan).codec
-
-    def noise(self, plan: ScorePlan, shape: tuple[int, ...]) -> IntArray:
-        """Return one site's part of the noise."""
-        return noise.gaussian_integers(shape, self.calibrated(plan).site_std)
-
-    def sum_slack(self, plan: ScorePlan, n_sites: int) -> float:  # noqa: ARG002
-        """Return how far a sum of honest sites may lie beyond their bounds."""
-        return self.calibrated(plan).sum_slack
-
-
-@functools.lru_cache(maxsize=64)
-def _calibrated(protection: HeDP, plan: ScorePlan) -> DistributedNoise:
-    n_sites = plan.n_sites_max
-    n_honest = protection.least_sites(n_sites) - math.floor(
-        protection.collusion_share * n_sites + 1e-9
-    )
-    return DistributedNoise.calibrated(
-        plan,
-        epsilon=protection.epsilon,
-        delta=protection.delta,
-        n_honest=max(n_honest, 1),
-        modulus=BFV.plain_modulus,
-    )

@@ -2,20 +2,10 @@
 
 from __future__ import annotations
 
-import functools
-import math
 from dataclasses import dataclass
 
-from fedinfer_flower.ensemble.base import EnsembleRule
-from fedinfer_flower.privacy import noise
-from fedinfer_flower.privacy.base import PROTECTIONS, ScorePlan
-from fedinfer_flower.privacy.charge import Charge
-from fedinfer_flower.privacy.distributed_noise import (
-    DistributedNoise,
-    check_noise_options,
-    refuse_logits,
-)
-from fedinfer_flower.privacy.fixed_point import FixedPoint, IntArray
+from fedinfer_flower.privacy.base import PROTECTIONS
+from fedinfer_flower.privacy.distributed_noise import SharedNoise, check_noise_options
 from fedinfer_flower.privacy.secagg import RING, SecAgg
 
 __all__ = ["SecAggDP"]
@@ -23,7 +13,7 @@ __all__ = ["SecAggDP"]
 
 @PROTECTIONS.register("secagg+dp")
 @dataclass(frozen=True, kw_only=True)
-class SecAggDP(SecAgg):
+class SecAggDP(SharedNoise, SecAgg):
     """Mask scores with a part of Gaussian noise in each, so that their sum holds all of it.
 
     Use where one federation answers many queries and the querier is not to learn about any
@@ -70,6 +60,8 @@ class SecAggDP(SecAgg):
     delta: float = 1e-5
     collusion_share: float = 0.1
 
+    ring = RING
+
     def __post_init__(self) -> None:
         super().__post_init__()
         check_noise_options(
@@ -78,46 +70,3 @@ class SecAggDP(SecAgg):
             dropout_share=self.dropout_share,
             collusion_share=self.collusion_share,
         )
-
-    def check_rule(self, rule: EnsembleRule) -> str:
-        """Refuse raw logits."""
-        return refuse_logits(rule)
-
-    def epsilon_delta(self, plan: ScorePlan) -> tuple[float, float]:  # noqa: ARG002
-        """Return (epsilon, delta) of one row; a site's total grows with every row."""
-        return self.epsilon, self.delta
-
-    def charge(self, plan: ScorePlan, n_rows: int) -> Charge:
-        """Return what `n_rows` drawn answers cost."""
-        return Charge.gaussian(self.calibrated(plan).mu, n_rows)
-
-    def calibrated(self, plan: ScorePlan) -> DistributedNoise:
-        """Return codec and noise of a plan."""
-        return _calibrated(self, plan)
-
-    def codec(self, plan: ScorePlan) -> FixedPoint:
-        """Return the codec, with room for the noise."""
-        return self.calibrated(plan).codec
-
-    def noise(self, plan: ScorePlan, shape: tuple[int, ...]) -> IntArray:
-        """Return one site's part of the noise."""
-        return noise.gaussian_integers(shape, self.calibrated(plan).site_std)
-
-    def sum_slack(self, plan: ScorePlan, n_sites: int) -> float:  # noqa: ARG002
-        """Return how far a sum of honest sites may lie beyond their bounds."""
-        return self.calibrated(plan).sum_slack
-
-
-@functools.lru_cache(maxsize=64)
-def _calibrated(protection: SecAggDP, plan: ScorePlan) -> DistributedNoise:
-    n_sites = plan.n_sites_max
-    n_honest = protection.least_sites(n_sites) - math.floor(
-        protection.collusion_share * n_sites + 1e-9
-    )
-    return DistributedNoise.calibrated(
-        plan,
-        epsilon=protection.epsilon,
-        delta=protection.delta,
-        n_honest=max(n_honest, 1),
-        modulus=RING,
-    )
