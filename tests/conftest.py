@@ -6,6 +6,12 @@ import shutil
 import tempfile
 import warnings
 
+from hypothesis import settings
+
+# The same examples in every run; how long one takes is not what a test is about.
+settings.register_profile("fedinfer", deadline=None, derandomize=True)
+settings.load_profile("fedinfer")
+
 _FLWR_HOME = tempfile.mkdtemp(prefix="fedinfer-tests-")
 atexit.register(shutil.rmtree, _FLWR_HOME, ignore_errors=True)
 
