@@ -814,6 +814,26 @@ def test_lie_about_a_dropout_opens_one_answer_where_there_are_no_self_masks() ->
     np.testing.assert_array_equal(stolen, batch.exact([victim]))
 
 
+@pytest.mark.parametrize("protection", [PLAIN_PAIRS, SELF], ids=["pairs", "self"])
+def test_late_answer_is_open_to_coordinator_and_querier_unless_there_are_self_masks(
+    protection: SecAgg,
+) -> None:
+    """Nobody lies: the answer arrives after the others made good for it."""
+    batch = Batch(6, protection, scores=np.full((6, 2**14, 4), 0.25), **WIDE)
+    victim, others = 0, range(1, 6)
+    side = batch.coordinator()
+    for site in others:
+        side.add(batch.payload(site), sender=batch.sites[site].key_id)
+    replies = batch.recover(side)[-1]
+
+    seeds = {s: seeds_of(reply, 6)[batch.place(victim)] for s, reply in replies.items()}
+    left = without_pairs(batch, victim, seeds)
+    if protection.self_mask:
+        assert_uniform(left)
+    else:
+        np.testing.assert_array_equal(batch.decoded(left), batch.exact([victim]))
+
+
 def test_lie_about_a_dropout_fails_under_self_masks() -> None:
     batch = Batch(6, SELF, scores=np.zeros((6, 2**14, 4)), **WIDE)
     victim, others, everyone = 0, range(1, 6), range(6)
