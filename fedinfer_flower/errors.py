@@ -27,7 +27,10 @@ FedInferError
 │   ├── ExpiredError             FI314  a query after its time
 │   ├── BudgetExceededError      FI315  a privacy budget that does not cover the query
 │   ├── DifferencingError        FI316  the same rows to another cohort
-│   └── ReceiptError             FI317  a receipt that does not verify
+│   ├── ReceiptError             FI317  a receipt that does not verify
+│   ├── CacheError               FI318  a cache that is malformed, not finite or another model's
+│   ├── HandleError              FI319  a cache handle that is unknown, spent, late or another's
+│   └── MediumRefusedError       FI320  the site does not share in this way
 └── QueryError                   FI400  a run that did not go to its end
     ├── SiteFailedError          FI401  a site's app failed outside our handler
     ├── QuorumNotMetError        FI402  too few answers by the deadline
@@ -36,7 +39,9 @@ FedInferError
     ├── NotEnoughNodesError      FI405  too few nodes came online
     ├── NotRegisteredError       FI406  the ClientApp has no inference handler
     ├── RecoveryError            FI407  a dropout that could not be made good
-    └── PartyFailedError         FI408  a party of a joint computation died or was late
+    ├── PartyFailedError         FI408  a party of a joint computation died or was late
+    ├── FuserError               FI409  no fuser for a pair of models, or one for another pair
+    └── PromptTooLongError       FI410  a prompt longer than the model's window
 
 An error text says what happened, where, the likely cause and the next step. It never
 carries inputs, scores, prompts or keys: Flower sends texts of exceptions to the server.
@@ -49,18 +54,22 @@ from typing import ClassVar
 __all__ = [
     "BindingError",
     "BudgetExceededError",
+    "CacheError",
     "CapacityError",
     "ConfigError",
     "DifferencingError",
     "EnvelopeError",
     "ExpiredError",
     "FedInferError",
+    "FuserError",
+    "HandleError",
     "IncompatibleProtection",
     "InvalidCiphertextError",
     "InvalidScoresError",
     "InvalidValueError",
     "KeyAtCoordinatorError",
     "LabelSpaceError",
+    "MediumRefusedError",
     "MissingExtraError",
     "ModelAnswerError",
     "ModelError",
@@ -68,6 +77,7 @@ __all__ = [
     "NotEnoughNodesError",
     "NotRegisteredError",
     "PartyFailedError",
+    "PromptTooLongError",
     "ProtectionRefusedError",
     "ProtocolError",
     "QueryError",
@@ -281,6 +291,24 @@ class ReceiptError(ProtocolError):
     code = "FI317"
 
 
+class CacheError(ProtocolError):
+    """A KV cache that is malformed, not finite, or not of the model that it names."""
+
+    code = "FI318"
+
+
+class HandleError(ProtocolError):
+    """A cache handle that is unknown, spent, expired, or another querier's."""
+
+    code = "FI319"
+
+
+class MediumRefusedError(ProtocolError):
+    """The site does not share in this way: cache, full cache, or text."""
+
+    code = "FI320"
+
+
 class QueryError(FedInferError):
     """A query that did not go to its end."""
 
@@ -333,6 +361,18 @@ class PartyFailedError(QueryError):
     """A party of a joint computation died, was late, or broke the protocol."""
 
     code = "FI408"
+
+
+class FuserError(QueryError):
+    """No fuser for this pair of models, or one that was trained for another pair."""
+
+    code = "FI409"
+
+
+class PromptTooLongError(QueryError):
+    """A prompt that does not fit into the model's window."""
+
+    code = "FI410"
 
 
 def _walk(cls: type[FedInferError]) -> dict[str, type[FedInferError]]:

@@ -1,0 +1,1 @@
+"""KV caches: layout, compression, token alignment, fusers, gates, and the choice of medium."""

@@ -1,0 +1,1 @@
+"""A local language model: folder in, prompts and caches through it, text out."""

@@ -1,0 +1,100 @@
+"""How a model's continuation is chosen: greedy or sampled, how long, where it stops."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedinfer_flower.errors import InvalidValueError
+
+__all__ = ["Decoding"]
+
+_MAX_NEW_TOKENS = 32_768
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decoding:
+    """Settings of one continuation.
+
+    Parameters
+    ----------
+    max_new_tokens : int
+    temperature : float
+        0 is greedy.
+    top_k : int
+        Keep the k most likely tokens; 0 keeps all.
+    top_p : float
+        Keep the most likely tokens that together have this probability.
+    stop : tuple of str
+        The text ends before the first of these.
+    seed : int
+        Of the sampling; greedy decoding has no use for it.
+
+    Examples
+    --------
+    >>> Decoding(max_new_tokens=4).greedy
+    True
+    """
+
+    max_new_tokens: int = 32
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    stop: tuple[str, ...] = ()
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.max_new_tokens <= _MAX_NEW_TOKENS:
+            raise InvalidValueError(f"max_new_tokens is in [1, {_MAX_NEW_TOKENS}]")
+        if not 0.0 <= self.temperature <= 100.0 or not 0.0 < self.top_p <= 1.0 or self.top_k < 0:
+            raise InvalidValueError("temperature is in [0, 100], top_p in (0, 1], top_k not negative")
+        if isinstance(self.stop, str) or not all(self.stop):
+            raise InvalidValueError("stop is a tuple of texts that are not empty")
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the most likely token is always taken."""
+        return self.temperature == 0.0
+
+    def sampler(self) -> Sampler:
+        """Return what chooses tokens, with a generator of its own."""
+        return Sampler(self)
+
+    def ends_in(self, text: str) -> int:
+        """Return where the first stop text begins in `text`, or -1."""
+        found = [at for stop in self.stop if (at := text.find(stop)) >= 0]
+        return min(found, default=-1)
+
+
+class Sampler:
+    """Choose next tokens by the settings; transformers' own warpers do the cutting."""
+
+    def __init__(self, settings: Decoding) -> None:
+        from transformers import (
+            LogitsProcessorList,
+            TemperatureLogitsWarper,
+            TopKLogitsWarper,
+            TopPLogitsWarper,
+        )
+
+        self._greedy = settings.greedy
+        self._generator = torch.Generator().manual_seed(settings.seed)
+        warpers: list[Any] = []
+        if not settings.greedy:
+            warpers.append(TemperatureLogitsWarper(settings.temperature))
+            if settings.top_k:
+                warpers.append(TopKLogitsWarper(settings.top_k))
+            if settings.top_p < 1.0:
+                warpers.append(TopPLogitsWarper(settings.top_p))
+        self._warp = LogitsProcessorList(warpers)
+
+    def choose(self, logits: Tensor) -> Tensor:
+        """Return one token id a row, int64 (B, 1), from logits (B, V)."""
+        if self._greedy:
+            return logits.argmax(-1, keepdim=True)
+        # No warper that is used here looks at the ids.
+        warped = self._warp(torch.empty(len(logits), 0, dtype=torch.long), logits.float())
+        return torch.multinomial(warped.softmax(-1).cpu(), 1, generator=self._generator)
