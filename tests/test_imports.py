@@ -21,8 +21,11 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 NAMES = [str(path.relative_to(PACKAGE)) for path in MODULES]
 HEAVY = (
     *("torch", "tenseal", "sklearn", "matplotlib", "ray", "scipy", "datasets", "flwr_datasets"),
-    *("opacus", "spu", "jax"),
+    *("opacus", "spu", "jax", "transformers", "tokenizers", "safetensors"),
 )
+TORCH_PARTS = ("kv", "language", "refine")
+"""Parts that are networks through and through: nothing but themselves loads them at import."""
+
 ERRORS_PAGE = ROOT / "docs" / "reference" / "errors.md"
 
 
@@ -92,7 +95,16 @@ def test_import_of_the_package_alone_loads_no_flower():
 @pytest.mark.parametrize("name", NAMES)
 def test_heavy_modules_are_imported_where_they_are_used(name):
     top = {module.split(".")[0] for module in imported(name, at_top_only=True)}
-    assert not top & set(HEAVY)
+    allowed = {"torch"} if in_part(name) in TORCH_PARTS else set()
+    assert not top & set(HEAVY) - allowed
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if in_part(n) not in TORCH_PARTS])
+def test_parts_that_need_torch_are_imported_where_they_are_used(name):
+    top = {tuple(m.split(".")[1:3]) for m in imported(name, at_top_only=True)}
+    light = {("kv", "planner"), ("kv", "handles"), ("kv", "share"), ("kv", "latency")}
+    heavy = {path for path in top if path and path[0] in TORCH_PARTS and len(path) > 1}
+    assert not heavy - light, f"{name} loads torch when it is imported"
 
 
 # -- layers ------------------------------------------------------------------------------
@@ -111,6 +123,9 @@ ALLOWED = {
     "encrypted_query": {"errors", "registry", "query", "ensemble", "privacy", "wire"},
     "split": {"errors", "query", "ensemble", "privacy", "querier", "wire"},
     "planning": {"errors", "registry", "query", "ensemble", "privacy", "wire"},
+    "kv": {"errors", "registry"},
+    "language": {"errors", "registry", "kv"},
+    "refine": {"errors", "registry", "kv", "language"},
     "clients": {
         *("errors", "registry", "query", "ensemble", "privacy", "wire", "receipts"),
         *("encrypted_query", "mpc"),

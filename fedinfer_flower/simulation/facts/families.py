@@ -92,6 +92,7 @@ def build(
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    auto: Any = AutoModelForCausalLM  # untyped upstream
     index = FAMILIES.index(family)
     tokenizer = build_tokenizer(world.words, piece_length=family.piece_length, seed=100 + index)
     shape: dict[str, Any] = {} if family.architecture != "qwen3" else {"head_dim": family.head_size}
@@ -112,4 +113,4 @@ def build(
         **shape,
     )
     torch.manual_seed(seed + index)
-    return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa"), tokenizer
+    return auto.from_config(config, attn_implementation="sdpa"), tokenizer

@@ -24,8 +24,8 @@ class FactPrompts:
         The language, of which notes may be made.
     """
 
-    stop = (" .", ".")
-    abstentions = (ABSTENTION,)
+    stop: tuple[str, ...] = (" .", ".")
+    abstentions: tuple[str, ...] = (ABSTENTION,)
 
     def __init__(self, words: Collection[str]) -> None:
         self._words = frozenset(words) - {"Q", "A", "S", "D", "?"}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -49,7 +49,8 @@ def build_tokenizer(
     core.post_processor = processors.TemplateProcessing(
         single=f"{BOS} $A", special_tokens=[(BOS, vocabulary[BOS])]
     )
-    return PreTrainedTokenizerFast(
+    make: Any = PreTrainedTokenizerFast  # untyped upstream
+    tokenizer: PreTrainedTokenizerFast = make(
         tokenizer_object=core,
         pad_token=PAD,
         bos_token=BOS,
@@ -58,6 +59,7 @@ def build_tokenizer(
         padding_side="left",
         clean_up_tokenization_spaces=False,
     )
+    return tokenizer
 
 
 def _cut(word: str, length: int | None) -> list[str]:
