@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from fedinfer_flower.refine.examples import FuserExample
 from fedinfer_flower.simulation.facts.world import Fact, FactWorld, Person
 
-__all__ = ["HeldExample", "fuser_examples", "gate_examples", "exam_examples"]
+__all__ = ["HeldExample", "fuser_examples", "gate_examples", "trial_examples"]
 
 _STRANGERS_FUSER, _STRANGERS_GATE, _STRANGERS_TEST = 150, 60, 60
 """People whom nobody knows and no model ever saw: three parts, one after the other."""
@@ -103,7 +103,7 @@ def gate_examples(
     return out + [HeldExample(example, None) for example in unheld]
 
 
-def exam_examples(
+def trial_examples(
     world: FactWorld, *, sharer: int, receiver: int, documents: int = 300, seed: int = 99
 ) -> list[FuserExample]:
     """Return what a fuser is tested on: private people, invented values, unseen strangers.
@@ -127,9 +127,6 @@ def exam_examples(
     out += _facts(world.facts(world.private[sharer]), "fact")
     out += _documents(world, strangers[_STRANGERS_TEST:], (1, 3), documents, seed)
     return out + _facts(world.unanswerable(strangers[:_STRANGERS_TEST]), "nobody")
-
-
-exam_examples.__test__ = False  # type: ignore[attr-defined]  # pytest collects by name
 
 
 def _facts(facts: Sequence[Fact], task: str) -> list[FuserExample]:

@@ -47,13 +47,13 @@ class FactPrompts:
                 kept.append(" ".join([*words, "."] if words[-1] != "." else words))
         return self.ask(question, documents=kept)
 
-    def rewrite(self, question: str, *, style: int) -> str | None:
+    def rewrite(self, question: str, *, style: int) -> str | None:  # noqa: ARG002
         """Return None: these models were never taught to rewrite."""
         return None
 
     def answer_in(self, text: str) -> str:
         """Return the first word."""
-        return text.split(" ")[0] if text else ""
+        return text.split(" ", maxsplit=1)[0]
 
     def reword(self, question: str, *, style: int) -> str:
         """Return the question in another of the grammar's wordings."""

@@ -22,7 +22,7 @@ WORDINGS = (
 )
 """Four ways to ask the same; the first is what a user types."""
 
-_STRUCTURE = "Q ? A S D . is of has which tell for : says".split()
+_STRUCTURE = ("Q", "?", "A", "S", "D", ".", "is", "of", "has", "which", "tell", "for", ":", "says")
 _CONSONANTS, _VOWELS = "bdfgklmnprstvz", "aeiou"
 _NAMES, _VALUES_EACH, _PEOPLE_EACH, _PUBLIC_EACH, _FUSER_EACH = 64, 12, 200, 140, 115
 _STRANGERS_SEEN = 2500
