@@ -12,6 +12,7 @@ SCRIPTS = (
     "secagg.py",
     "overhead.py",
     "he_scale.py",
+    "kv_bytes.py",
     "accuracy.py",
     "dp_accuracy.py",
     "budget.py",

@@ -16,6 +16,7 @@ import pickle  # only for the name of its error
 import shutil
 import sys
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -74,12 +75,12 @@ def convert(folder: Path, out: Path) -> int:
     return found.networks
 
 
-def main() -> int:
-    """Run the command line."""
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.split(":")[0])
     parser.add_argument("folder", type=Path, help="<pair>_Fuser as published")
     parser.add_argument("out", type=Path, help="folder to write; must not exist")
-    given = parser.parse_args()
+    given = parser.parse_args(arguments)
     try:
         count = convert(given.folder, given.out)
     except FedInferError as exc:

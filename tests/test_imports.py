@@ -25,6 +25,7 @@ HEAVY = (
 )
 TORCH_PARTS = ("kv", "language", "refine")
 """Parts that are networks through and through: nothing but themselves loads them at import."""
+LIGHT_KV = ("planner", "handles", "share", "latency", "link", "media", "media_history", "sharing_policy")
 
 ERRORS_PAGE = ROOT / "docs" / "reference" / "errors.md"
 
@@ -102,7 +103,7 @@ def test_heavy_modules_are_imported_where_they_are_used(name):
 @pytest.mark.parametrize("name", [n for n in NAMES if in_part(n) not in TORCH_PARTS])
 def test_parts_that_need_torch_are_imported_where_they_are_used(name):
     top = {tuple(m.split(".")[1:3]) for m in imported(name, at_top_only=True)}
-    light = {("kv", "planner"), ("kv", "handles"), ("kv", "share"), ("kv", "latency")}
+    light = {("kv", part) for part in LIGHT_KV}
     heavy = {path for path in top if path and path[0] in TORCH_PARTS and len(path) > 1}
     assert not heavy - light, f"{name} loads torch when it is imported"
 

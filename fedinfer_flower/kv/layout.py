@@ -66,6 +66,8 @@ class CacheLayout:
     version: int = LAYOUT_VERSION
 
     def __post_init__(self) -> None:
+        if type(self.version) is not int or not 0 <= self.version < 1 << 16:
+            raise CacheError("a cache layout without a version")
         if self.version != LAYOUT_VERSION:
             raise UnsupportedVersionError(
                 f"cache layout of version {self.version}, this release reads {LAYOUT_VERSION}",

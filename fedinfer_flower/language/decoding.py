@@ -13,6 +13,7 @@ from fedinfer_flower.errors import InvalidValueError
 __all__ = ["Decoding"]
 
 _MAX_NEW_TOKENS = 32_768
+_COLDEST, _HOTTEST = 1e-3, 100.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,10 +50,15 @@ class Decoding:
     def __post_init__(self) -> None:
         if not 1 <= self.max_new_tokens <= _MAX_NEW_TOKENS:
             raise InvalidValueError(f"max_new_tokens is in [1, {_MAX_NEW_TOKENS}]")
-        if not 0.0 <= self.temperature <= 100.0 or not 0.0 < self.top_p <= 1.0 or self.top_k < 0:
-            raise InvalidValueError("temperature is in [0, 100], top_p in (0, 1], top_k not negative")
-        if isinstance(self.stop, str) or not all(self.stop):
+        # A temperature near 0 overflows the logits; 0 itself is greedy.
+        if self.temperature != 0.0 and not _COLDEST <= self.temperature <= _HOTTEST:
+            raise InvalidValueError(f"temperature is 0, or in [{_COLDEST}, {_HOTTEST}]")
+        if not 0.0 < self.top_p <= 1.0 or self.top_k < 0:
+            raise InvalidValueError("top_p is in (0, 1], top_k not negative")
+        if not isinstance(self.stop, tuple) or not all(self.stop):
             raise InvalidValueError("stop is a tuple of texts that are not empty")
+        if not 0 <= self.seed < 1 << 63:
+            raise InvalidValueError("seed is in [0, 2^63)")
 
     @property
     def greedy(self) -> bool:
@@ -96,5 +102,6 @@ class Sampler:
         if self._greedy:
             return logits.argmax(-1, keepdim=True)
         # No warper that is used here looks at the ids.
-        warped = self._warp(torch.empty(len(logits), 0, dtype=torch.long), logits.float())
+        no_ids = torch.empty(len(logits), 0, dtype=torch.long)
+        warped: Tensor = self._warp(no_ids, logits.float())  # type: ignore[arg-type]
         return torch.multinomial(warped.softmax(-1).cpu(), 1, generator=self._generator)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedinfer_flower.errors import PromptTooLongError
+from fedinfer_flower.errors import CacheError, InvalidValueError, PromptTooLongError
 from fedinfer_flower.kv.layout import CacheEntries, CacheLayout
 from fedinfer_flower.kv.past import Past
 from fedinfer_flower.kv.rotary import rotary_tables, rotate, unrotate
@@ -118,6 +118,10 @@ class LanguageModel:
         for parameter in model.parameters():
             parameter.requires_grad_(False)
         self.layout: CacheLayout = describe(model, tokenizer, digest=digest)
+        # Chat models end a turn with another token than a text.
+        ends = getattr(model.generation_config, "eos_token_id", None)
+        ends = ends if isinstance(ends, list) else [ends]
+        self._ends = frozenset({*ends, tokenizer.eos_token_id} - {None})
         self.abstention_ids = sorted(
             {ids[0] for text in prompts.abstentions if (ids := self._plain_ids(text))}
         )
@@ -192,9 +196,7 @@ class LanguageModel:
     # -- caches ------------------------------------------------------------------------
 
     @torch.no_grad()
-    def prefill(
-        self, prompts: Sequence[str], *, decode: int = 0, hidden: bool = False
-    ) -> Prefill:
+    def prefill(self, prompts: Sequence[str], *, decode: int = 0, hidden: bool = False) -> Prefill:
         """Read prompts and export what was computed, free of positions.
 
         Parameters
@@ -263,6 +265,7 @@ class LanguageModel:
         PromptTooLongError
             If the answer may not fit into the window.
         """
+        cache = self._import(past)
         last = int(past.ids_positions.max()) + settings.max_new_tokens
         if last > self.layout.window:
             raise PromptTooLongError(
@@ -270,8 +273,11 @@ class LanguageModel:
             )
         ids, at = past.ids, past.ids_positions
         mask = torch.cat([past.mask, torch.ones_like(ids)], 1)
-        out = self._forward(ids, mask, at, past=self._import(past))
-        sampler, answers = settings.sampler(), _Answers(self.tokenizer, settings, len(ids))
+        out = self._forward(ids, mask, at, past=cache)
+        sampler, answers = (
+            settings.sampler(),
+            _Answers(self.tokenizer, settings, len(ids), self._ends),
+        )
         for step in range(settings.max_new_tokens):
             token = sampler.choose(out.logits[:, -1])
             if answers.take(token) or step + 1 == settings.max_new_tokens:
@@ -299,11 +305,21 @@ class LanguageModel:
         -------
         scores : float32 tensor (B, C)
             For C candidates: sums over their pieces, not normalised over candidates.
+
+        Raises
+        ------
+        InvalidValueError
+            If a candidate has no tokens: it would be certain.
+        PromptTooLongError
         """
+        pieces = [self._plain_ids(text) for text in candidates]
+        if not all(pieces):
+            raise InvalidValueError("a candidate without a single token")
+        self.tokens(prompts, room=max(map(len, pieces), default=0))
         past = self.prefill(prompts).past()
         columns = []
-        for text in candidates:
-            ids = torch.tensor([self._plain_ids(text)], dtype=torch.long).expand(len(prompts), -1)
+        for piece in pieces:
+            ids = torch.tensor([piece], dtype=torch.long).expand(len(prompts), -1)
             logp = self.logits_on(past, ids[:, :-1]).float().log_softmax(-1)
             columns.append(logp.gather(2, ids[..., None])[..., 0].sum(1))
         return torch.stack(columns, 1)
@@ -318,6 +334,14 @@ class LanguageModel:
         """Return a fresh cache: every pass writes into the one that it is given."""
         from transformers import DynamicCache
 
+        layout, (n, p) = self.layout, past.mask.shape
+        want = (n, layout.heads, p, layout.head_size)
+        fits = len(past.keys) == len(past.values) == layout.layers
+        fits &= all(tuple(x.shape) == want for x in (*past.keys, *past.values))
+        fits &= past.positions.shape == (n, p) and past.ids.shape[0] == n
+        if not fits or past.ids.shape != past.ids_positions.shape or not past.ids.shape[1]:
+            # transformers itself takes a mask of another length, and answers wrongly.
+            raise CacheError("a past whose entries, mask, positions and ids do not fit together")
         cos, sin = rotary_tables(self.model, past.positions)
         dtype = self.model.dtype
         pairs = [
@@ -344,8 +368,8 @@ class LanguageModel:
 class _Answers:
     """Texts as they grow, row by row, until each has ended."""
 
-    def __init__(self, tokenizer: Any, settings: Decoding, rows: int) -> None:
-        self._tokenizer, self._settings = tokenizer, settings
+    def __init__(self, tokenizer: Any, settings: Decoding, rows: int, ends: frozenset[int]) -> None:
+        self._tokenizer, self._settings, self._ends = tokenizer, settings, ends
         self._ids: list[list[int]] = [[] for _ in range(rows)]
         self._done = [False] * rows
 
@@ -354,7 +378,7 @@ class _Answers:
         for row, value in enumerate(token[:, 0].tolist()):
             if self._done[row]:
                 continue
-            if value == self._tokenizer.eos_token_id:
+            if value in self._ends:
                 self._done[row] = True
                 continue
             self._ids[row].append(value)

@@ -1,0 +1,1 @@
+"""Kinds of fusers: one file each, registered by existing."""

@@ -1,0 +1,1 @@
+"""Gates, one a module: each is registered by existing."""

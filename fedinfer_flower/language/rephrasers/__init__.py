@@ -1,0 +1,1 @@
+"""Rephrasers, one file each."""
