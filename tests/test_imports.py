@@ -25,7 +25,16 @@ HEAVY = (
 )
 TORCH_PARTS = ("kv", "language", "refine")
 """Parts that are networks through and through: nothing but themselves loads them at import."""
-LIGHT_KV = ("planner", "handles", "share", "latency", "link", "media", "media_history", "sharing_policy")
+LIGHT_KV = (
+    "planner",
+    "handles",
+    "share",
+    "latency",
+    "link",
+    "media",
+    "media_history",
+    "sharing_policy",
+)
 
 ERRORS_PAGE = ROOT / "docs" / "reference" / "errors.md"
 
@@ -129,7 +138,7 @@ ALLOWED = {
     "refine": {"errors", "registry", "kv", "language"},
     "clients": {
         *("errors", "registry", "query", "ensemble", "privacy", "wire", "receipts"),
-        *("encrypted_query", "mpc"),
+        *("encrypted_query", "mpc", "kv", "language", "refine"),
     },
     "querier": {
         *("errors", "registry", "query", "ensemble", "privacy", "wire", "planning"),
@@ -137,7 +146,7 @@ ALLOWED = {
     },
     "strategies": {
         *("errors", "registry", "query", "ensemble", "privacy", "wire", "planning", "querier"),
-        *("receipts", "encrypted_query", "mpc"),
+        *("receipts", "encrypted_query", "mpc", "kv"),
     },
 }
 

@@ -17,6 +17,7 @@ from rich.table import Table
 
 from fedinfer_flower.cli.attack import attack
 from fedinfer_flower.cli.budget import budget_app
+from fedinfer_flower.cli.fuser import fuser_app
 from fedinfer_flower.cli.key import key
 from fedinfer_flower.cli.querier import querier_app
 from fedinfer_flower.cli.verify import verify
@@ -31,6 +32,7 @@ app = typer.Typer(
 )
 app.add_typer(querier_app, name="querier")
 app.add_typer(budget_app, name="budget")
+app.add_typer(fuser_app, name="fuser")
 app.command()(attack)
 app.command()(key)
 app.command()(verify)

@@ -76,8 +76,9 @@ def load_folder(path: Path, *, dtype: str) -> tuple[Any, Any, str]:
 @contextmanager
 def _no_progress_bar() -> Iterator[None]:
     """Keep transformers from drawing on a site's terminal; its setting is put back."""
-    from transformers.utils import logging
+    from transformers.utils import logging as transformers_logging
 
+    logging: Any = transformers_logging  # untyped upstream
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:

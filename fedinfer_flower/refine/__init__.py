@@ -1,0 +1,1 @@
+"""Models that help each other to answer: through their caches, or by text."""
