@@ -4,12 +4,19 @@ from __future__ import annotations
 
 __all__ = [
     "ACTIONS",
+    "CANDIDATES",
     "ENCRYPTED",
+    "GENERATE",
     "HELLO",
+    "INTRODUCE",
+    "LANGUAGE_ACTIONS",
     "PING",
     "PREDICT",
     "PREFIX",
     "RECOVER",
+    "REFINE",
+    "REPHRASE",
+    "SHARE_CACHE",
     "message_type",
 ]
 
@@ -31,6 +38,27 @@ ENCRYPTED = "fi_encrypted"
 """One batch of encrypted queries; the reply carries encrypted logits."""
 
 ACTIONS = (HELLO, PREDICT, RECOVER, ENCRYPTED, PING)
+
+INTRODUCE = "fi_introduce"
+"""The site shows its language card: model, media that it shares, fusers that it has."""
+
+REPHRASE = "fi_rephrase"
+"""To a receiver: questions in, rewritten questions for each sharer out."""
+
+SHARE_CACHE = "fi_share_cache"
+"""To a sharer: rewritten questions in, KV entries out; or the handle of an offer in."""
+
+GENERATE = "fi_generate"
+"""To a sharer: rewritten questions in, notes in text out."""
+
+REFINE = "fi_refine"
+"""To a receiver: what sharers gave in, answers out."""
+
+CANDIDATES = "fi_candidates"
+"""To a site: questions and possible answers in, log-probabilities out."""
+
+LANGUAGE_ACTIONS = (INTRODUCE, REPHRASE, SHARE_CACHE, GENERATE, REFINE, CANDIDATES)
+"""Registered by `LanguageMod`, beside those of `ACTIONS` or without them."""
 
 
 def message_type(action: str) -> str:
