@@ -14,12 +14,18 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fedinfer_flower.clients import InferenceMod, LocalModel, inference
     from fedinfer_flower.clients.consent import OptionLimits
+    from fedinfer_flower.clients.language_mod import LanguageMod, LanguageSite
+    from fedinfer_flower.clients.language_policy import LanguagePolicy
     from fedinfer_flower.errors import FedInferError
     from fedinfer_flower.privacy.site_budget import BudgetPolicy
     from fedinfer_flower.querier import Querier
+    from fedinfer_flower.querier.language_querier import LanguageQuerier
     from fedinfer_flower.query import Deadline, Prediction
     from fedinfer_flower.strategies import FedEnsemble, InferenceResult, InferenceStrategy
+    from fedinfer_flower.strategies.fed_decode import FedDecode
+    from fedinfer_flower.strategies.fed_refine import FedRefine
     from fedinfer_flower.strategies.handover import Handover
+    from fedinfer_flower.strategies.mixture_of_answers import MixtureOfAnswers
     from fedinfer_flower.wire.directory import Directory
     from fedinfer_flower.wire.identity import Identity
     from fedinfer_flower.wire.pins import Pins, read_pins
@@ -30,14 +36,21 @@ _HOMES = {
     "BudgetPolicy": "fedinfer_flower.privacy.site_budget",
     "Deadline": "fedinfer_flower.query",
     "Directory": "fedinfer_flower.wire.directory",
+    "FedDecode": "fedinfer_flower.strategies.fed_decode",
     "FedEnsemble": "fedinfer_flower.strategies",
     "FedInferError": "fedinfer_flower.errors",
+    "FedRefine": "fedinfer_flower.strategies.fed_refine",
     "Handover": "fedinfer_flower.strategies.handover",
     "Identity": "fedinfer_flower.wire.identity",
     "InferenceMod": "fedinfer_flower.clients",
     "InferenceResult": "fedinfer_flower.strategies",
     "InferenceStrategy": "fedinfer_flower.strategies",
+    "LanguageMod": "fedinfer_flower.clients.language_mod",
+    "LanguagePolicy": "fedinfer_flower.clients.language_policy",
+    "LanguageQuerier": "fedinfer_flower.querier.language_querier",
+    "LanguageSite": "fedinfer_flower.clients.language_mod",
     "LocalModel": "fedinfer_flower.clients",
+    "MixtureOfAnswers": "fedinfer_flower.strategies.mixture_of_answers",
     "OptionLimits": "fedinfer_flower.clients.consent",
     "Pins": "fedinfer_flower.wire.pins",
     "Prediction": "fedinfer_flower.query",
@@ -50,14 +63,21 @@ __all__ = [
     "BudgetPolicy",
     "Deadline",
     "Directory",
+    "FedDecode",
     "FedEnsemble",
     "FedInferError",
+    "FedRefine",
     "Handover",
     "Identity",
     "InferenceMod",
     "InferenceResult",
     "InferenceStrategy",
+    "LanguageMod",
+    "LanguagePolicy",
+    "LanguageQuerier",
+    "LanguageSite",
     "LocalModel",
+    "MixtureOfAnswers",
     "OptionLimits",
     "Pins",
     "Prediction",

@@ -171,7 +171,9 @@ def _kept(request: RefineRequest, desk: Desk) -> Kept:
             host=request.host,
             rephraser=asked.rephrase or desk.state.rephrase,
         )
-    desk.admit(kept.asked.consent, round_number=request.round_number, verb="refine", peer="")
+    # The own answer is a request of its own: it stays to be had where the refined one failed.
+    verb = "refine" if request.parts else "own"
+    desk.admit(kept.asked.consent, round_number=request.round_number, verb=verb, peer="")
     return kept
 
 

@@ -62,6 +62,14 @@ docs/reference/errors.md#fi409
                     raise InvalidValueError("a bank that names another pair than its fuser's")
                 self.add(fuser)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out the lock: simulation engines copy apps, and what they hold, to workers."""
+        return {name: value for name, value in vars(self).items() if name != "_lock"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._lock = threading.RLock()
+
     def _index(self, folder: Path) -> None:
         for file in sorted(folder.glob("*/fuser.json")):
             spec = read_fuser_spec(file.parent)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +20,8 @@ __all__ = ["describe", "load_folder"]
 _DTYPES: Final = ("float32", "bfloat16")
 _CHUNK_BYTES: Final = 1 << 20
 _PROBE_TOKENS: Final = 4
+_LOADING: Final = threading.Lock()
+"""Two threads that load at once make transformers miss weights that are there."""
 _PROBE_TOLERANCE: Final = 0.05
 """Relative; bfloat16 keeps eight bits. Interleaved or partial rotation misses by far more."""
 
@@ -50,7 +53,7 @@ def load_folder(path: Path, *, dtype: str) -> tuple[Any, Any, str]:
         # AutoTokenizer puts the architecture's own splitting in place of tokenizer.json's,
         # which drops text where the two differ.
         tokenizer = PreTrainedTokenizerFast.from_pretrained(path, **options)
-        with _no_progress_bar():
+        with _LOADING, _no_progress_bar():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 path,
                 use_safetensors=True,

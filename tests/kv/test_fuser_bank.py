@@ -1,3 +1,4 @@
+import copy
 import dataclasses
 
 import pytest
@@ -134,3 +135,12 @@ def test_fuser_replaced_behind_the_bank_is_refused(tmp_path):
 
     with pytest.raises(FuserError, match="replaced"):
         bank.get(*PAIR)
+
+
+def test_bank_can_be_copied_to_a_worker_and_still_lends():
+    bank = FuserBank({PAIR: fuser_of()})
+
+    there = copy.deepcopy(bank)
+
+    assert there.pairs() == bank.pairs()
+    assert there.get(*PAIR).spec == bank.get(*PAIR).spec

@@ -790,3 +790,15 @@ def test_reply_is_bound_to_its_query(pair, make_ask, questions):
     envelope = receiver.answer(request.to_envelope(run_id=ask.run_id), REPHRASE)
     with pytest.raises(BindingError):
         RephraseReply.read(envelope, query_id="q-x", **receiver.where)
+
+
+def test_own_answer_is_to_be_had_once_after_the_refined_one(pair, make_ask, questions):
+    receiver, sharer = pair
+    ask = make_ask(receiver, [sharer], questions)
+    ask.whole()
+    # The handle is spent: the receiver works on the questions anew.
+    _, own = ask.refined(handle="", parts=(), asked=ask.asked())
+    assert len(own.texts) == len(questions)
+    assert own.used is None or not own.used.any()
+    with pytest.raises(ReplayError):
+        ask.refined(handle="", parts=(), asked=ask.asked())
