@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fedinfer_flower.errors import InvalidValueError
 
-__all__ = ["Decoding"]
+__all__ = ["Decoding", "GrowingAnswers"]
 
 _MAX_NEW_TOKENS = 32_768
 _COLDEST, _HOTTEST = 1e-3, 100.0
@@ -105,3 +105,38 @@ class Sampler:
         no_ids = torch.empty(len(logits), 0, dtype=torch.long)
         warped: Tensor = self._warp(no_ids, logits.float())  # type: ignore[arg-type]
         return torch.multinomial(warped.softmax(-1).cpu(), 1, generator=self._generator)
+
+
+class GrowingAnswers:
+    """Texts as they grow, row by row, until each has ended."""
+
+    def __init__(self, tokenizer: Any, settings: Decoding, rows: int, ends: frozenset[int]) -> None:
+        self._tokenizer, self._settings, self._ends = tokenizer, settings, ends
+        self._ids: list[list[int]] = [[] for _ in range(rows)]
+        self._done = [False] * rows
+
+    def take(self, token: Tensor) -> bool:
+        """Add one token a row; return whether all rows have ended."""
+        for row, value in enumerate(token[:, 0].tolist()):
+            if self._done[row]:
+                continue
+            if value in self._ends:
+                self._done[row] = True
+                continue
+            self._ids[row].append(value)
+            if self._settings.stop:
+                self._done[row] = self._settings.ends_in(self._text(row)) >= 0
+        return all(self._done)
+
+    def texts(self) -> list[str]:
+        """Return the texts, each up to where it ended."""
+        out = []
+        for row in range(len(self._ids)):
+            text = self._text(row)
+            end = self._settings.ends_in(text)
+            out.append((text if end < 0 else text[:end]).strip())
+        return out
+
+    def _text(self, row: int) -> str:
+        text: str = self._tokenizer.decode(self._ids[row], skip_special_tokens=True)
+        return text

@@ -19,6 +19,7 @@ __all__ = ["describe", "load_folder"]
 
 _DTYPES: Final = ("float32", "bfloat16")
 _CHUNK_BYTES: Final = 1 << 20
+_MAX_INDEX_BYTES: Final = 64 << 20
 _PROBE_TOKENS: Final = 4
 _LOADING: Final = threading.Lock()
 """Two threads that load at once make transformers miss weights that are there."""
@@ -34,6 +35,11 @@ def load_folder(path: Path, *, dtype: str) -> tuple[Any, Any, str]:
     ModelError
         If the folder lacks a part, or transformers cannot read it.
     """
+    with _LOADING:
+        return _load(path, dtype=dtype)
+
+
+def _load(path: Path, *, dtype: str) -> tuple[Any, Any, str]:
     try:
         from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
     except ImportError as exc:
@@ -48,12 +54,13 @@ def load_folder(path: Path, *, dtype: str) -> tuple[Any, Any, str]:
             "the folder has no config.json with safetensors beside it",
             hint="give a local folder as save_pretrained writes it; pickled weights are not read",
         )
+    _require_own_weights(path, {file.name for file in weights})
     try:
         options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
         # AutoTokenizer puts the architecture's own splitting in place of tokenizer.json's,
         # which drops text where the two differ.
         tokenizer = PreTrainedTokenizerFast.from_pretrained(path, **options)
-        with _LOADING, _no_progress_bar():
+        with _no_progress_bar():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 path,
                 use_safetensors=True,
@@ -74,6 +81,34 @@ def load_folder(path: Path, *, dtype: str) -> tuple[Any, Any, str]:
             hint="transformers would go on with random ones; save the model again",
         )
     return model, tokenizer, _digest([path / "config.json", *weights])
+
+
+def _require_own_weights(path: Path, weights: set[str]) -> None:
+    """Refuse a folder whose weights are elsewhere, or pickled: the digest would miss them.
+
+    transformers follows the index wherever it leads, also to a file of pickles, and an adapter
+    to the folder of its base model.
+    """
+    if (path / "adapter_config.json").exists():
+        raise ModelError(
+            "the folder holds an adapter, whose base model is elsewhere",
+            hint="merge the adapter into its base model, and save that",
+        )
+    index = path / "model.safetensors.index.json"
+    if not index.exists():
+        return
+    try:
+        with index.open("rb") as stream:
+            data = stream.read(_MAX_INDEX_BYTES + 1)
+        names = json.loads(data)["weight_map"].values() if len(data) <= _MAX_INDEX_BYTES else [""]
+        own = all(isinstance(name, str) and name in weights for name in names)
+    except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError):
+        own = False
+    if not own:
+        raise ModelError(
+            f"{index.name} names weights that are not safetensors in the same folder",
+            hint="save the model again with save_pretrained; pickled weights are not read",
+        )
 
 
 @contextmanager

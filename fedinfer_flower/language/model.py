@@ -5,10 +5,11 @@ Axes: B prompts, T tokens, P entries of the past, N tokens to read, V vocabulary
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -18,11 +19,14 @@ from fedinfer_flower.kv.layout import CacheEntries, CacheLayout
 from fedinfer_flower.kv.past import Past
 from fedinfer_flower.kv.rotary import rotary_tables, rotate, unrotate
 from fedinfer_flower.language.confidence import evidence
-from fedinfer_flower.language.decoding import Decoding
+from fedinfer_flower.language.decoding import Decoding, GrowingAnswers
 from fedinfer_flower.language.folder import describe, load_folder
 from fedinfer_flower.language.prompts import PromptFormat
 
 __all__ = ["LanguageModel", "Prefill", "Tokens"]
+
+_MOST_LOGITS: Final = 1 << 27
+"""Of one scoring pass: half a gigabyte, and twice that in between."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -121,6 +125,9 @@ class LanguageModel:
         # Chat models end a turn with another token than a text.
         ends = getattr(model.generation_config, "eos_token_id", None)
         ends = ends if isinstance(ends, list) else [ends]
+        # Logits of every token of a long batch take many times the memory of its cache.
+        known = inspect.signature(model.forward).parameters
+        self._last_alone = {"logits_to_keep": 1} if "logits_to_keep" in known else {}
         self._ends = frozenset({*ends, tokenizer.eos_token_id} - {None})
         self.abstention_ids = sorted(
             {ids[0] for text in prompts.abstentions if (ids := self._plain_ids(text))}
@@ -251,7 +258,9 @@ class LanguageModel:
             steps = torch.arange(1, labels.shape[1] + 1)[None]
             ids, at = torch.cat([ids, labels], 1), torch.cat([at, at[:, -1:] + steps], 1)
         mask = torch.cat([past.mask, torch.ones_like(ids)], 1)
-        logits: Tensor = self._forward(ids, mask, at, past=self._import(past)).logits
+        logits: Tensor = self._forward(
+            ids, mask, at, past=self._import(past), every_logit=True
+        ).logits
         return logits
 
     # -- answers -----------------------------------------------------------------------
@@ -276,7 +285,7 @@ class LanguageModel:
         out = self._forward(ids, mask, at, past=cache)
         sampler, answers = (
             settings.sampler(),
-            _Answers(self.tokenizer, settings, len(ids), self._ends),
+            GrowingAnswers(self.tokenizer, settings, len(ids), self._ends),
         )
         for step in range(settings.max_new_tokens):
             token = sampler.choose(out.logits[:, -1])
@@ -315,7 +324,17 @@ class LanguageModel:
         pieces = [self._plain_ids(text) for text in candidates]
         if not all(pieces):
             raise InvalidValueError("a candidate without a single token")
-        self.tokens(prompts, room=max(map(len, pieces), default=0))
+        longest = max(map(len, pieces), default=0)
+        self.tokens(prompts, room=longest)
+        # Logits of all pieces' tokens at once: few prompts at a time, or they fill the memory.
+        rows = max(1, _MOST_LOGITS // max(1, longest * int(self.model.config.vocab_size)))
+        parts = [
+            self._scored(prompts[start : start + rows], pieces)
+            for start in range(0, len(prompts), rows)
+        ]
+        return torch.cat(parts)
+
+    def _scored(self, prompts: Sequence[str], pieces: Sequence[list[int]]) -> Tensor:
         past = self.prefill(prompts).past()
         columns = []
         for piece in pieces:
@@ -351,7 +370,14 @@ class LanguageModel:
         return DynamicCache(pairs, config=self.model.config)
 
     def _forward(
-        self, ids: Tensor, mask: Tensor, at: Tensor, *, past: Any, hidden: bool = False
+        self,
+        ids: Tensor,
+        mask: Tensor,
+        at: Tensor,
+        *,
+        past: Any,
+        hidden: bool = False,
+        every_logit: bool = False,
     ) -> Any:
         # The mask covers past and new tokens: one that covers the new ones alone raises no
         # error and gives wrong answers.
@@ -362,38 +388,5 @@ class LanguageModel:
             past_key_values=past,
             use_cache=True,
             output_hidden_states=hidden,
+            **({} if every_logit else self._last_alone),
         )
-
-
-class _Answers:
-    """Texts as they grow, row by row, until each has ended."""
-
-    def __init__(self, tokenizer: Any, settings: Decoding, rows: int, ends: frozenset[int]) -> None:
-        self._tokenizer, self._settings, self._ends = tokenizer, settings, ends
-        self._ids: list[list[int]] = [[] for _ in range(rows)]
-        self._done = [False] * rows
-
-    def take(self, token: Tensor) -> bool:
-        """Add one token a row; return whether all rows have ended."""
-        for row, value in enumerate(token[:, 0].tolist()):
-            if self._done[row]:
-                continue
-            if value in self._ends:
-                self._done[row] = True
-                continue
-            self._ids[row].append(value)
-            if self._settings.stop:
-                self._done[row] = self._settings.ends_in(self._text(row)) >= 0
-        return all(self._done)
-
-    def texts(self) -> list[str]:
-        out = []
-        for row in range(len(self._ids)):
-            text = self._text(row)
-            end = self._settings.ends_in(text)
-            out.append((text if end < 0 else text[:end]).strip())
-        return out
-
-    def _text(self, row: int) -> str:
-        text: str = self._tokenizer.decode(self._ids[row], skip_special_tokens=True)
-        return text

@@ -135,7 +135,15 @@ class FuserHost:
         from fedinfer_flower.kv.payload import PayloadLimits, decode_entries, encode_entries
 
         fuser = self._bank.get(sharer.card.model_digest, receiver.card.model_digest)
-        limits = PayloadLimits(max_rows=rows)
+        # Padding does not travel: what counts is how large a cache was asked for.
+        layout, usual = fuser.spec.sharer, PayloadLimits()
+        tokens = min(fuser.spec.share.tokens(layout.window), usual.max_tokens)
+        asked_for = 4 * rows * tokens * layout.floats_per_token(hidden=True)
+        limits = PayloadLimits(
+            max_rows=rows,
+            max_tokens=tokens,
+            max_entries_bytes=min(asked_for, usual.max_entries_bytes),
+        )
         entries = decode_entries(body.payload, limits=limits, scales=fuser.scales)
         if entries.rows != rows:
             raise CacheError(f"a cache of {entries.rows} prompts, expected {rows}")

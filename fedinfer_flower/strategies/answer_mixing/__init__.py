@@ -1,0 +1,1 @@
+"""Ways to mix whole answers, one a module: each is registered by existing."""
