@@ -13,6 +13,7 @@ SCRIPTS = (
     "overhead.py",
     "he_scale.py",
     "kv_bytes.py",
+    "kv_attacks.py",
     "accuracy.py",
     "dp_accuracy.py",
     "budget.py",

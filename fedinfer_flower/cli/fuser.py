@@ -137,6 +137,52 @@ def probe(
 # -- models ----------------------------------------------------------------------------
 
 
+@fuser_app.command("attack")
+def attack_share(
+    sharer: Annotated[Path, typer.Option(help="folder of the model that helps")],
+    data: Annotated[Path, typer.Option(help="JSON lines of public examples, with documents")],
+    fuser: Annotated[
+        Path | None, typer.Option(help="folder of a fuser: attack its output too")
+    ] = None,
+    last: Annotated[int, typer.Option(min=0, help="last prompt tokens that travel; 0: all")] = 1,
+    decode: Annotated[int, typer.Option(min=0, help="tokens the sharer decodes")] = 1,
+    hidden: Annotated[
+        bool, typer.Option("--hidden", help="the final hidden state travels")
+    ] = False,
+    codec: Annotated[str, typer.Option(help="as it travels")] = "int8",
+    steps: Annotated[int, typer.Option(min=1, help="of the attacker's training")] = 300,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    prompts: Annotated[str, typer.Option(help=_PromptsHelp)] = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="print the report as JSON")] = False,
+) -> None:
+    """Measure what the shared cache of a model gives away, before sharing it.
+
+    With a fuser, what travels is what the fuser was trained for. Nothing above chance proves
+    nothing: others have better attackers.
+
+    Example: fedinfer fuser attack --sharer b --data public.jsonl --fuser fusers/b-a
+    """
+    from fedinfer_flower.attacks.cache_disclosure import disclosure_report
+    from fedinfer_flower.attacks.cache_secrets import fact_secrets, word_secrets
+    from fedinfer_flower.kv.fuser_file import load_fuser
+    from fedinfer_flower.kv.share import ShareSpec
+    from fedinfer_flower.refine.examples import read_examples
+
+    found = None if fuser is None else load_fuser(fuser)
+    given = ShareSpec(last=last, decode=decode, hidden=hidden)
+    report = disclosure_report(
+        _load(sharer, prompts),
+        read_examples(data),
+        given if found is None else found.spec.share,
+        found,
+        codec,
+        secrets=fact_secrets if prompts == "facts" else word_secrets,
+        steps=steps,
+        seed=seed,
+    )
+    typer.echo(json.dumps(report.to_dict(), indent=2) if as_json else report.markdown())
+
+
 def _load(folder: Path, prompts: str) -> LanguageModel:
     from transformers.utils import logging
 

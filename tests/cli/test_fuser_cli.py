@@ -111,3 +111,12 @@ def test_malformed_line_is_named_without_its_words(tmp_path: Path) -> None:
         invoke("probe", "--sharer", SHARER, "--data", str(path))
 
     assert "secret" not in str(caught.value)
+
+
+def test_attack_says_what_the_shared_cache_gives_away(data: str) -> None:
+    words = ("attack", "--sharer", SHARER, "--data", data, "--steps", "5", "--prompts", "facts")
+    report = json.loads(invoke(*words, "--json"))
+    # The decoded token is in the dictionary of its own model: no training is needed for it.
+    looked_up = {row["share"] for row in report["rows"] if row["attacker"] == "look-up"}
+    assert max(looked_up) > 0.9
+    assert "|" in invoke(*words)
