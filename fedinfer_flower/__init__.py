@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from fedinfer_flower.wire.identity import Identity
     from fedinfer_flower.wire.pins import Pins, read_pins
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 
 _HOMES = {
     "BudgetPolicy": "fedinfer_flower.privacy.site_budget",

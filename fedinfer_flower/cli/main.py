@@ -20,6 +20,7 @@ from fedinfer_flower.cli.budget import budget_app
 from fedinfer_flower.cli.fuser import fuser_app
 from fedinfer_flower.cli.key import key
 from fedinfer_flower.cli.querier import querier_app
+from fedinfer_flower.cli.refine import refine
 from fedinfer_flower.cli.verify import verify
 from fedinfer_flower.errors import FedInferError
 
@@ -35,6 +36,7 @@ app.add_typer(budget_app, name="budget")
 app.add_typer(fuser_app, name="fuser")
 app.command()(attack)
 app.command()(key)
+app.command()(refine)
 app.command()(verify)
 
 
@@ -100,7 +102,7 @@ def demo(
 
 @app.command()
 def report(
-    results: Annotated[Path, typer.Argument(help="results.json of a demo")],
+    results: Annotated[Path, typer.Argument(help="results.json of demo or refine")],
     out: Annotated[Path, typer.Option(help="HTML file to write")] = Path("report.html"),
 ) -> None:
     """Draw the HTML report of a run again from its figures.
@@ -109,7 +111,13 @@ def report(
     """
     from fedinfer_flower.reporting.report import write_report
 
-    typer.echo(write_report(json.loads(results.read_text()), out))
+    data = json.loads(results.read_text())
+    if "by_sharers" in data:
+        from fedinfer_flower.reporting.refine_report import write_refine_report
+
+        typer.echo(write_refine_report(data, out))
+        return
+    typer.echo(write_report(data, out))
 
 
 @app.command()

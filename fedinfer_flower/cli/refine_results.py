@@ -171,7 +171,7 @@ def _pairs(run: RefineRun, scores: Scores) -> list[dict[str, Any]]:
         for sharer in NAMES:
             if sharer == receiver:
                 continue
-            only = {"receiver": receiver, "holder": sharer, "task": HELPED}
+            only: dict[str, Any] = {"receiver": receiver, "holder": sharer, "task": HELPED}
             ways = {"alone": share(scores.of("alone", **only))}
             for medium in run.options.media:
                 ways[medium] = share(scores.of(f"{medium}-{sharer}", **only))
@@ -217,7 +217,7 @@ def _codecs(run: RefineRun, scores: Scores) -> list[dict[str, Any]]:
         return []
     travels = ShareSpec()
     tokens = travels.last + travels.decode
-    wanted = {codec: f"codec-{codec}" for codec in CODECS} | {DEFAULT_CODEC: "cache-both"}
+    wanted = {codec: f"codec-{codec}" for codec in CODECS} | {DEFAULT_CODEC: "cache-gated"}
     rows = [
         {"codec": codec, "tokens": tokens, **_sized(run, scores, label, tokens)}
         for codec, label in wanted.items()
@@ -238,15 +238,15 @@ def _sized(run: RefineRun, scores: Scores, label: str, tokens: int | None) -> di
 
 
 def _plans(run: RefineRun) -> list[dict[str, Any]]:
-    """Return how often the planner chose which medium, and why."""
+    """Return how often the planner chose which medium, and the reason it gave most recently."""
     if "auto" not in run.outcomes:
         return []
-    found = Counter(
-        (plan["medium"], plan["reason"]) for plan in run.outcomes["auto"].report["plans"]
-    )
+    plans = run.outcomes["auto"].report["plans"]
+    counts = Counter(plan["medium"] for plan in plans)
+    last = {plan["medium"]: plan["reason"] for plan in plans}
     return [
-        {"medium": medium, "reason": reason, "count": count}
-        for (medium, reason), count in found.most_common(8)
+        {"medium": medium, "count": count, "reason": last[medium]}
+        for medium, count in counts.most_common()
     ]
 
 

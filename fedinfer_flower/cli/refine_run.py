@@ -19,7 +19,7 @@ from fedinfer_flower.simulation.engine import QUIET_ENVIRONMENT
 from fedinfer_flower.simulation.facts.federation import READY, RefinePlan, RefineStep
 from fedinfer_flower.simulation.facts.preparation import Prepared, prepare
 from fedinfer_flower.simulation.facts.questions import TrialQuestion, trial_questions
-from fedinfer_flower.simulation.facts.sites import SitePlan, write_holdings
+from fedinfer_flower.simulation.facts.sites import SitePlan, write_documents
 from fedinfer_flower.simulation.facts.world import FactWorld
 from fedinfer_flower.strategies.handover import write_whole
 
@@ -95,7 +95,7 @@ def run_federation(
 ) -> None:
     """Start the federation in a process of its own, seal every step's questions, open answers."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_holdings(folder / "sites", run.questions)
+    write_documents(folder / "sites", run.questions)
     plan = RefinePlan(
         sites=run.sites,
         steps=tuple(steps),
@@ -139,14 +139,16 @@ def _run_child(
     plan: RefinePlan, folder: Path, progress: Progress, seal: Callable[[], None]
 ) -> None:
     environment = os.environ | QUIET_ENVIRONMENT | {"FLWR_HOME": str(folder / "flwr-home")}
-    with (folder / "federation.log").open("wb") as log:
-        child = subprocess.Popen(  # noqa: S603  our own module, our own interpreter
+    with (
+        (folder / "federation.log").open("wb") as log,
+        subprocess.Popen(  # noqa: S603  our own module, our own interpreter
             [sys.executable, "-m", "fedinfer_flower.simulation.facts.federation", str(folder)],
             stdout=subprocess.PIPE,
             stderr=log,
             env=environment,
             text=True,
-        )
+        ) as child,
+    ):
         progress(0, len(plan.steps), "starting Flower's simulation engine")
         try:
             for line in child.stdout or ():

@@ -20,7 +20,7 @@ MEDIA: Final = ("text", "cache")
 CODECS: Final = ("bf16", "int8", "int4")
 """Encodings that are compared with the default, fixed 4-bit scales."""
 
-QUICK: Final = Recipe(steps=150, documents=450, gate_documents=300)
+QUICK: Final = Recipe(steps=150, documents=450, gate_documents=120)
 """A recipe for a first look: fusers of a third of the training."""
 
 _QUICK_RECEIVER: Final = NAMES[0]
@@ -105,12 +105,13 @@ def plan_sites(options: RefineOptions, gates: Mapping[str, Path]) -> tuple[SiteP
     if "cache" not in options.media:
         return tuple(sites)
     sites += [
-        SitePlan(name=_gated(name), family=name, gate=str(gates[name])) for name in options.receivers
+        SitePlan(name=_gated(name), family=name, gate=str(gates[name]))
+        for name in options.receivers
     ]
     sites += [SitePlan(name=_control(name), family=name, misreads=True) for name in NAMES]
     if not options.quick:
         sites += [
-            SitePlan(name=_coded(name, codec), family=name, codecs=(codec,))
+            SitePlan(name=_coded(name, codec), family=name, gate=str(gates[name]), codecs=(codec,))
             for codec in CODECS
             for name in options.receivers
         ]
@@ -155,6 +156,7 @@ def _of_caches(options: RefineOptions) -> list[RefineStep]:
     ]
     if options.quick:
         return steps
+    steps.append(RefineStep(label="control-gated", receivers=gated, sharers=others, medium="cache"))
     steps.append(
         RefineStep(
             label="cache-verbatim",

@@ -17,13 +17,14 @@ _TITLES: Final = {
     "cache-gated": "cache from both others, gated",
     "cache-verbatim": "cache from both others, questions not rephrased",
     "control": "control: caches that belong to other questions",
+    "control-gated": "control: caches that belong to other questions, gated",
     "auto": "medium chosen by the planner, gated",
 }
 
 MEASURED: Final = (
     "Every accuracy is of answers that travelled through the federation: the querier, a process"
     " of its own, sealed the questions to the receivers, opened what came back, and compared it"
-    " with the right answers, which nobody else has. Nothing is computed beside it.",
+    " with the right answers. Nothing is computed beside it.",
     "Each institution is there several times: as it is, with a gate, with another encoding, and"
     " as a control that takes every question for another one. The copies share model, documents"
     " and fusers.",
@@ -75,11 +76,11 @@ def title_of(label: str) -> str:
     Examples
     --------
     >>> title_of("cache-llama"), title_of("codec-int8")
-    ('cache from llama alone', 'cache from both others, in int8')
+    ('cache from llama only', 'cache from both others, gated, int8')
     """
     if label in _TITLES:
         return _TITLES[label]
     kind, _, name = label.partition("-")
     if kind == "codec":
-        return f"cache from both others, in {name}"
-    return f"{kind} from {name} alone"
+        return f"cache from both others, gated, {name}"
+    return f"{kind} from {name} only"

@@ -106,8 +106,10 @@ class LanguageMod:
     -------
     As receiver the site reads the questions; as sharer, rewritten ones. What it shares can be
     read by the receiver, in full if the receiver is dishonest: see `LanguagePolicy`. The
-    coordinator relays seals, and reads what is in them only under ``coordinator_fusers``.
-    It never receives the text of an exception.
+    coordinator relays seals, and reads what is in them only under ``coordinator_fusers``; but
+    a coordinator that cheats can be a receiver of its own making, and read what it is given
+    as one, unless `peer_key_ids` or `querier_key_ids` say whom the site knows. It never
+    receives the text of an exception.
 
     Examples
     --------
@@ -185,7 +187,10 @@ class LanguageMod:
             return Message(pack(self._reply(message, context)), reply_to=message)
         except FedInferError as exc:
             envelope = self._error(exc, message, context)
-        except (Exception, SystemExit) as exc:
+        except BaseException as exc:
+            # A tokenizer that panics raises what is no `Exception`.
+            if isinstance(exc, (KeyboardInterrupt, GeneratorExit)):
+                raise
             log_locally(exc)
             generic = ModelAnswerError("the site's handler failed", hint=_SEE_LOG)
             envelope = self._error(generic, message, context)
@@ -328,7 +333,9 @@ def _as_site(loaded: object) -> LanguageSite:
     def documents(question: str) -> Sequence[str]:
         # The site's own code: what it raises may quote the question.
         with contained(ModelAnswerError, "the site's documents could not be read", hint=_SEE_LOG):
-            return [str(document) for document in given(question)]
+            found = given(question)
+            # A text is a sequence too, of letters: it is meant as one document.
+            return [found] if isinstance(found, str) else [str(text) for text in found]
 
     return LanguageSite(model=loaded.model, documents=documents)
 

@@ -54,6 +54,9 @@ class LanguagePolicy:
         Share notes in text.
     answers : bool
         Answer as receiver.
+    answers_from_documents : bool
+        Read the site's own documents before answering as receiver. The querier then gets
+        what the model makes of them.
     candidates : bool
         Score answers that the querier gives.
     coordinator_fusers : bool
@@ -108,6 +111,7 @@ class LanguagePolicy:
     full_cache: bool = False
     text: bool = False
     answers: bool = True
+    answers_from_documents: bool = False
     candidates: bool = False
     coordinator_fusers: bool = False
     share_evidence: bool = False

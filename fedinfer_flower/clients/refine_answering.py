@@ -137,6 +137,8 @@ def _reply(
 def _kept(request: RefineRequest, desk: Desk) -> Kept:
     """Return what was kept under the handle, or compute it anew from the questions."""
     desk.policy.require_on("answers", "answer questions")
+    # The own answer is a request of its own: it stays to be had where the refined one failed.
+    verb = "refine" if request.parts else "own"
     try:
         # A query id is one querier's: its consent is signed with it, and is worked on once.
         found = desk.state.kept.take(
@@ -151,6 +153,7 @@ def _kept(request: RefineRequest, desk: Desk) -> Kept:
         desk.require_consent(
             kept.asked.consent, sealed=kept.sealed, round_number=request.round_number
         )
+        desk.admit(kept.asked.consent, round_number=request.round_number, verb=verb, peer="")
     except HandleError:
         if not request.asked:
             raise
@@ -162,6 +165,8 @@ def _kept(request: RefineRequest, desk: Desk) -> Kept:
             round_number=request.round_number,
             host=request.host,
         )
+        # Before the model works on it: a replay must cost the site nothing.
+        desk.admit(asked.consent, round_number=request.round_number, verb=verb, peer="")
         kept = keep(
             asked,
             request.sharers,
@@ -171,9 +176,6 @@ def _kept(request: RefineRequest, desk: Desk) -> Kept:
             host=request.host,
             rephraser=asked.rephrase or desk.state.rephrase,
         )
-    # The own answer is a request of its own: it stays to be had where the refined one failed.
-    verb = "refine" if request.parts else "own"
-    desk.admit(kept.asked.consent, round_number=request.round_number, verb=verb, peer="")
     return kept
 
 

@@ -78,26 +78,31 @@ def _with_notes(kept: Kept, parts: Parts, desk: Desk) -> tuple[Prefill, list[str
 
     model, questions = desk.state.model, kept.asked.questions
     formats = model.prompts
-    alone = [formats.ask(question) for question in questions]
-    if not parts.texts:
-        return kept.own, alone, {}
-    used = {
-        part.sharer: np.array(
-            [not abstains(note, formats.abstentions) for note in part.notes], np.uint8
-        )
-        for part in parts.texts
-    }
-    prompts = []
-    for row, question in enumerate(questions):
-        notes = [part.notes[row] for part in parts.texts if used[part.sharer][row]]
-        prompts.append(formats.ask_with_notes(question, notes) if notes else alone[row])
-    try:
-        room = min(desk.policy.max_new_tokens, model.layout.window // 4)
-        model.tokens(prompts, room=room)
-        return prefill_all(model, prompts), prompts, used
-    except PromptTooLongError as exc:
-        parts.dropped.update({part.sharer: exc.code for part in parts.texts})
-        return kept.own, alone, {}
+    given = kept.documents
+    alone = [formats.ask(q, documents=d) for q, d in zip(questions, given, strict=True)]
+    texts = list(parts.texts)
+    room = min(desk.policy.max_new_tokens, model.layout.window // 4)
+    while texts:
+        used = {
+            part.sharer: np.array(
+                [not abstains(note, formats.abstentions) for note in part.notes], np.uint8
+            )
+            for part in texts
+        }
+        prompts = []
+        for row, question in enumerate(questions):
+            notes = [part.notes[row] for part in texts if used[part.sharer][row]]
+            quoting = formats.ask_with_notes(question, notes, documents=given[row])
+            prompts.append(quoting if notes else alone[row])
+        try:
+            model.tokens(prompts, room=room)
+            return prefill_all(model, prompts), prompts, used
+        except PromptTooLongError as exc:
+            # Whoever writes the most loses its place, not those who were brief.
+            longest = max(texts, key=lambda part: max(map(len, part.notes)))
+            parts.dropped[longest.sharer] = exc.code
+            texts.remove(longest)
+    return kept.own, alone, {}
 
 
 def _gates(caches: list[CachePart], kept: Kept, desk: Desk) -> Tensor:

@@ -27,7 +27,7 @@ from fedinfer_flower.wire.refine_request import Part
 
 if TYPE_CHECKING:
     from fedinfer_flower.kv.fuser import Fuser
-    from fedinfer_flower.kv.layout import CacheEntries
+    from fedinfer_flower.kv.layout import CacheEntries, CacheLayout
 
 __all__ = ["CachePart", "Parts", "TextPart", "open_parts"]
 
@@ -151,7 +151,14 @@ def _cache(part: Part, body: ShareBody, expected: Expected, kept: Kept, desk: De
     fuser, rows = expected.fuser, len(kept.asked.questions)
     if fuser is None:
         raise BindingError("a cache for which this site has no fuser")
-    entries = _entries(body.payload, desk, rows=rows, scales=fuser.scales)
+    entries = _entries(
+        body.payload,
+        desk,
+        rows=rows,
+        layout=fuser.spec.sharer,
+        most_tokens=fuser.spec.share.tokens(fuser.spec.sharer.window),
+        scales=fuser.scales,
+    )
     fuser.require_sharer(entries)
     if body.notes or (body.evidence is not None and len(body.evidence) != rows):
         raise ShapeError("evidence of another number of questions, or notes beside a cache")
@@ -171,24 +178,41 @@ def _projected(part: Part, kept: Kept, desk: Desk) -> CachePart:
     if kept.host != "coordinator":
         raise BindingError("entries of a coordinator's fuser, where fusers run here")
     rows = len(kept.asked.questions)
-    entries = _entries(part.body, desk, rows=rows, scales=None)
-    if entries.layout != desk.state.model.layout:
+    layout = desk.state.model.layout
+    entries = _entries(
+        part.body, desk, rows=rows, layout=layout, most_tokens=layout.window, scales=None
+    )
+    if entries.layout != layout:
         raise CacheError("projected entries that are not in this model's space")
     if part.gate is not None and len(part.gate) != rows:
         raise ShapeError("a gate of another number of questions")
     return CachePart(sharer=part.sharer, entries=entries, gate=part.gate)
 
 
-def _entries(data: bytes, desk: Desk, *, rows: int, scales: Any) -> CacheEntries:
-    """Decode a payload of a sender who is not trusted."""
+def _entries(
+    data: bytes,
+    desk: Desk,
+    *,
+    rows: int,
+    layout: CacheLayout,
+    most_tokens: int,
+    scales: Any,
+) -> CacheEntries:
+    """Decode a payload of a sender who is not trusted.
+
+    Padding does not travel, so a hundred bytes may ask for a cache of gigabytes: what counts
+    is how large a cache was asked for.
+    """
     from fedinfer_flower.kv.payload import PayloadLimits, decode_entries
 
+    tokens = min(most_tokens, desk.policy.max_cache_tokens)
+    asked_for = 4 * rows * tokens * layout.floats_per_token(hidden=True)
     limits = PayloadLimits(
         max_bytes=desk.policy.max_payload_bytes,
         max_rows=rows,
-        max_tokens=desk.policy.max_cache_tokens,
+        max_tokens=tokens,
         # Four bits a number at least; the rest is padding.
-        max_entries_bytes=16 * desk.policy.max_payload_bytes,
+        max_entries_bytes=min(asked_for, 16 * desk.policy.max_payload_bytes),
     )
     entries = decode_entries(data, limits=limits, scales=scales)
     if entries.rows != rows:

@@ -21,6 +21,8 @@ from fedinfer_flower.errors import (
     InvalidValueError,
     MediumRefusedError,
     ModelAnswerError,
+    PromptTooLongError,
+    SizeLimitError,
     UnknownNameError,
 )
 from fedinfer_flower.wire.envelope import Envelope
@@ -74,6 +76,8 @@ class Kept:
     host : str
     own : Prefill
         The model's reading of the questions alone.
+    documents : tuple of tuple of str
+        The site's own, read before each question.
     expected : mapping of key id to Expected
     refused, changed : mapping of key id to error code
     """
@@ -83,6 +87,7 @@ class Kept:
     round_number: int
     host: str
     own: Prefill
+    documents: tuple[tuple[str, ...], ...]
     expected: Mapping[str, Expected]
     refused: Mapping[str, str]
     changed: Mapping[str, str]
@@ -122,17 +127,11 @@ def rephrase(envelope: Envelope, desk: Desk, *, sender: int) -> Envelope:
             rephraser=_rephraser_name(asked, request, desk),
         )
         asks = _asks(kept, desk, rephraser=_rephraser_name(asked, request, desk))
-    handle = desk.state.kept.put(
-        kept,
-        size_bytes=_size(kept),
-        querier=request.query_id,
-        run_id=desk.scope(query_id=request.query_id, verb=KEPT),
-    )
     tells = request.host == "coordinator" and desk.policy.share_evidence
     reply = RephraseReply(
         query_id=request.query_id,
         round_number=request.round_number,
-        handle=handle,
+        handle=_handle(kept, desk),
         asks=tuple(asks),
         refused=kept.refused,
         changed=kept.changed,
@@ -187,8 +186,6 @@ def keep(
     rephraser: str,
 ) -> Kept:
     """Read the questions, and decide for each sharer whether and how to ask it."""
-    from fedinfer_flower.refine.receiver import Receiver
-
     expected: dict[str, Expected] = {}
     refused: dict[str, str] = {}
     changed: dict[str, str] = {}
@@ -202,16 +199,35 @@ def keep(
         expected[key_id] = found
         if why:
             changed[key_id] = why
+    own, documents = _read_alone(asked.questions, desk)
     return Kept(
         asked=asked,
         sealed=sealed,
         round_number=round_number,
         host=host,
-        own=Receiver(desk.state.model).own(asked.questions),
+        own=own,
+        documents=documents,
         expected=expected,
         refused=refused,
         changed=changed,
     )
+
+
+def _read_alone(
+    questions: Sequence[str], desk: Desk
+) -> tuple[Prefill, tuple[tuple[str, ...], ...]]:
+    """Read the questions, behind own documents where the site agreed and they fit."""
+    from fedinfer_flower.refine.receiver import Receiver
+
+    receiver, look_up = Receiver(desk.state.model), desk.state.site.documents
+    none: tuple[tuple[str, ...], ...] = ((),) * len(questions)
+    if look_up is None or not desk.policy.answers_from_documents:
+        return receiver.own(questions), none
+    found = tuple(tuple(look_up(question)) for question in questions)
+    try:
+        return receiver.own(questions, found), found
+    except PromptTooLongError:
+        return receiver.own(questions), none
 
 
 def _expected(
@@ -325,6 +341,20 @@ def _asks(kept: Kept, desk: Desk, *, rephraser: str) -> list[RelayedAsk]:
         body = pack_ask(ask, identity=desk.identity, sharer=wanted.seat.card.identity, seal=sealed)
         asks.append(RelayedAsk(sharer=key_id, medium=wanted.medium, body=body))
     return asks
+
+
+def _handle(kept: Kept, desk: Desk) -> str:
+    """Keep what was read; without a handle where it is too large, and then it is read again."""
+    query_id = kept.asked.consent.query_id
+    try:
+        return desk.state.kept.put(
+            kept,
+            size_bytes=_size(kept),
+            querier=query_id,
+            run_id=desk.scope(query_id=query_id, verb=KEPT),
+        )
+    except SizeLimitError:
+        return ""
 
 
 def _size(kept: Kept) -> int:

@@ -36,12 +36,15 @@ UNKNOWN_LINK: Final = Link(up_bytes_per_s=125_000.0, down_bytes_per_s=125_000.0,
 """1 Mbit/s with half a second a request, where nothing was measured yet."""
 
 
+_TELLING_RATIO: Final = 3.0
+
+
 class LinkEstimate:
     """Speed of a link from measured transfers: weighted least squares of seconds on bytes.
 
     Older transfers weigh less (an exponentially weighted moving average). With transfers of
-    one size alone the fixed cost cannot be told from bandwidth; all time then counts as
-    bandwidth: too slow for larger bodies, too fast for smaller ones by at most that cost.
+    like sizes alone the fixed cost cannot be told from bandwidth: the bandwidth is then taken
+    to be at least that of an unknown link, and the rest of the time to be fixed cost.
 
     Parameters
     ----------
@@ -62,12 +65,14 @@ class LinkEstimate:
             raise InvalidValueError("decay of a link estimate is in (0, 1)")
         self._decay = decay
         self._n = self._x = self._y = self._xx = self._xy = 0.0
+        self._least, self._largest = math.inf, 0.0
 
     def observe(self, *, size_bytes: int, seconds: float) -> None:
         """Add one transfer; bytes from 1, seconds above 0."""
         if size_bytes < 1 or not (math.isfinite(seconds) and seconds > 0.0):
             raise InvalidValueError("a transfer has at least a byte and takes some time")
         x, y, d = float(size_bytes), float(seconds), self._decay
+        self._least, self._largest = min(x, self._least), max(x, self._largest)
         self._n, self._x, self._y = d * self._n + 1.0, d * self._x + x, d * self._y + y
         self._xx, self._xy = d * self._xx + x * x, d * self._xy + x * y
 
@@ -93,6 +98,11 @@ class LinkEstimate:
         spread = self._xx / self._n - mean_x**2
         slope = (self._xy / self._n - mean_x * mean_y) / spread if spread > 1e-6 * mean_x**2 else 0
         intercept = mean_y - slope * mean_x
-        if slope <= 0.0 or intercept < 0.0:
+        if self._largest < _TELLING_RATIO * self._least or slope <= 0.0:
+            # Bodies of like size cannot tell bandwidth from fixed cost. Taken at their word,
+            # small ones would keep larger ones from ever being tried; one of those settles it.
+            bandwidth = max(self._x / self._y, UNKNOWN_LINK.up_bytes_per_s)
+            return bandwidth, max(0.0, mean_y - mean_x / bandwidth)
+        if intercept < 0.0:
             return self._x / self._y, 0.0
         return 1.0 / slope, intercept

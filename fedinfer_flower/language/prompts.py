@@ -35,8 +35,10 @@ class PromptFormat(Protocol):
         """Return the prompt whose continuation is a statement that helps another model."""
         ...
 
-    def ask_with_notes(self, question: str, notes: Sequence[str]) -> str:
-        """Return the prompt that quotes what others wrote, and asks."""
+    def ask_with_notes(
+        self, question: str, notes: Sequence[str], *, documents: Sequence[str] = ()
+    ) -> str:
+        """Return the prompt that quotes what others wrote, behind own documents, and asks."""
         ...
 
     def rewrite(self, question: str, *, style: int) -> str | None:

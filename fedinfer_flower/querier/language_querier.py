@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -23,12 +23,18 @@ from fedinfer_flower.wire.language_card import LanguageCard
 from fedinfer_flower.wire.pins import Pins
 from fedinfer_flower.wire.refine_answers import open_answers
 from fedinfer_flower.wire.refine_asked import Asked, QuerierConsent, seal_asked
-from fedinfer_flower.wire.refine_fields import MAX_QUESTIONS, MAX_ROUNDS, MEDIA
+from fedinfer_flower.wire.refine_fields import (
+    MAX_QUESTIONS,
+    MAX_ROUNDS,
+    MEDIA,
+    decoding_options,
+)
 from fedinfer_flower.wire.refine_job import AskedBatch, RefineAnswer, RefinedPart, RefineJob
 
 __all__ = ["LanguageQuerier", "OpenedAnswers"]
 
 _TTL_S: Final = 3600.0
+_LONGEST_TTL_S: Final = 366 * 86_400.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,16 +181,29 @@ class LanguageQuerier:
         asked = list(questions)
         if isinstance(questions, str) or not asked or not all(isinstance(q, str) for q in asked):
             raise InvalidValueError("questions are a list of texts that is not empty")
-        if not 1 <= batch_size <= MAX_QUESTIONS or not 1 <= rounds <= MAX_ROUNDS or ttl_s <= 0:
-            raise InvalidValueError(
-                f"batch_size is in [1, {MAX_QUESTIONS}], rounds in [1, {MAX_ROUNDS}],"
-                " ttl_s positive"
-            )
-        if isinstance(allow, str) or not set(allow) <= set(MEDIA):
+        for option, value, high in (
+            ("batch_size", batch_size, MAX_QUESTIONS),
+            ("rounds", rounds, MAX_ROUNDS),
+        ):
+            if type(value) is not int or not 1 <= value <= high:
+                raise InvalidValueError(f"a job has {option} in [1, {high}]")
+        if not isinstance(ttl_s, int | float) or not 0.0 < ttl_s <= _LONGEST_TTL_S:
+            raise InvalidValueError(f"a job has ttl_s positive, at most {_LONGEST_TTL_S:g}")
+        if not isinstance(allow, Collection) or isinstance(allow, str):
             raise InvalidValueError(f"allow is a list, of {', '.join(MEDIA)}")
+        if not all(isinstance(medium, str) and medium in MEDIA for medium in allow):
+            raise InvalidValueError(f"allow is a list, of {', '.join(MEDIA)}")
+        if not isinstance(rephrase, str):
+            raise InvalidValueError("rephrase is the name of a rephraser; 'none' for none")
+        settings = decoding_options(decoding or {})
         willing = [name for name, card in self._cards.items() if card.answers]
         receivers = willing if receiver == "all" else self._named(receiver)
         helpers = self._named(list(self._cards) if sharers is None else sharers)
+        if sharers is not None and allow and helpers == receivers and len(receivers) == 1:
+            raise ConfigError(
+                f"{receivers[0]!r} is the only receiver and the only sharer",
+                hint="name another sharer, or ask it alone: allow=()",
+            )
         media = {*allow, *(("cache",) if "full-cache" in allow else ())}
         job = RefineJob(
             job_id=secrets.token_hex(12),
@@ -204,7 +223,7 @@ class LanguageQuerier:
                 number,
                 place,
                 asked[start : start + batch_size],
-                decoding or {},
+                settings,
             )
             for number, start in enumerate(range(0, len(asked), batch_size))
             for place, name in enumerate(receivers)
@@ -264,6 +283,8 @@ class LanguageQuerier:
     # -- parts -------------------------------------------------------------------------
 
     def _named(self, names: str | Sequence[str]) -> list[str]:
+        if not isinstance(names, Collection):
+            raise InvalidValueError("sites are named by a text, or a list of texts")
         wanted = [names] if isinstance(names, str) else list(names)
         for name in wanted:
             if name not in self._cards:

@@ -42,7 +42,7 @@ class GateTrial:
     ----------
     receiver : LanguageModel
     fusers : tuple of Fuser
-        One a sharer.
+        One a sharer, in evaluation mode.
     pairs : tuple of PairData
         What each sharer hands over.
     evidence : float32 tensor (N, J, 4)
@@ -132,7 +132,8 @@ class GateTrial:
     def _batches(self, gates: Tensor) -> list[Tensor]:
         if gates.shape != self.evidence.shape[:2]:
             raise ShapeError("gates of another shape than questions x sharers")
-        return list(torch.arange(len(self)).split(_BATCH_ROWS))
+        starts = range(0, len(self), _BATCH_ROWS)
+        return [torch.arange(start, min(start + _BATCH_ROWS, len(self))) for start in starts]
 
     def _fused(self, gates: Tensor, rows: Tensor) -> Past:
         own = self.pairs[0].own.select(rows)

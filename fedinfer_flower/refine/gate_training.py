@@ -47,6 +47,8 @@ class GateTrainingOptions:
     ----------
     steps : int
     learning_rate, weight_decay : float
+        The decay is strong: with a weak one the network is sure of everything after some
+        hundred steps, its log-odds no longer tell close calls apart, and margins are coarse.
     width : int
         Of the network.
     absence : float
@@ -68,7 +70,7 @@ class GateTrainingOptions:
 
     steps: int = 400
     learning_rate: float = 1e-2
-    weight_decay: float = 0.01
+    weight_decay: float = 0.3
     width: int = 32
     absence: float = 0.3
     cost: float = 0.05
@@ -292,7 +294,7 @@ def _fit(fit: GateExamples, options: GateTrainingOptions) -> GateNetwork:
     )
     for _ in range(options.steps):
         present = seen & (torch.rand(seen.shape, generator=chance) >= options.absence)
-        scores = network(own, sharers, present, _hidden(fit.agreement, chance, options))
+        scores = network(own, sharers, _hidden(fit.agreement, chance, options))
         scores = scores.masked_fill(~present, -1e4)
         choice = torch.cat([torch.zeros(len(own), 1), scores], 1).softmax(1)
         loss = ((choice * losses).sum(1) * weights).sum()

@@ -49,14 +49,21 @@ class Receiver:
     def __init__(self, model: LanguageModel) -> None:
         self.model = model
 
-    def own(self, questions: Sequence[str]) -> Prefill:
-        """Read the questions alone.
+    def own(
+        self, questions: Sequence[str], documents: Sequence[Sequence[str]] | None = None
+    ) -> Prefill:
+        """Read the questions alone, each behind the receiver's own documents if it has any.
 
         Raises
         ------
         PromptTooLongError
         """
-        return self.model.prefill([self.model.prompts.ask(q) for q in questions])
+        own = documents or [()] * len(questions)
+        prompts = [
+            self.model.prompts.ask(question, documents=read)
+            for question, read in zip(questions, own, strict=True)
+        ]
+        return self.model.prefill(prompts)
 
     def fuse(
         self,

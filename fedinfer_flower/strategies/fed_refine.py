@@ -104,7 +104,8 @@ class FedRefine:
     With a `RefineJob` of a `LanguageQuerier` the coordinator relays sealed bytes: it sees
     who asks whom in which medium, sizes and times. Asked in clear it reads questions and
     answers; what goes between receiver and sharers is sealed to them all the same, unless
-    fusers run here. Receivers read the questions. Sharers read the rewritten questions,
+    fusers run here. Sites without pins cannot tell a receiver that it made
+    up. Receivers read the questions. Sharers read the rewritten questions,
     which keep names and numbers: another wording hides style and not what is asked about.
     A receiver that gets a cache can recover much of what the sharer's model had read.
 
@@ -134,8 +135,12 @@ class FedRefine:
         patience_s: float = 60.0,
         limits: WireLimits = _LIMITS,
     ) -> None:
-        if min_available_nodes < 0:
-            raise InvalidValueError("min_available_nodes is at least 0")
+        if type(min_available_nodes) is not int or min_available_nodes < 0:
+            raise InvalidValueError("min_available_nodes is a whole number, at least 0")
+        if deadline is not None and not isinstance(deadline, Deadline):
+            raise InvalidValueError(
+                "deadline is a Deadline", hint="Deadline(timeout_s=30.0), of fedinfer_flower.query"
+            )
         self.options = RefineOptions(
             receivers=names_of(receiver, "receiver"),
             sharers=names_of(sharers, "sharers"),
@@ -327,8 +332,10 @@ class FedRefine:
 
     # -- parts -------------------------------------------------------------------------
 
-    def _observe(self, receiver: Any, sharer: Any, size_bytes: int, seconds: float) -> None:
-        self._planner.observe(receiver, sharer, size_bytes=size_bytes, seconds=seconds)
+    def _observe(
+        self, receiver: Any, sharer: Any, medium: str, size_bytes: int, seconds: float
+    ) -> None:
+        self._planner.observe(receiver, sharer, medium, size_bytes=size_bytes, seconds=seconds)
 
     def _receiver_round(
         self, who: Who, batch: AskedBatch, terms: RoundTerms, timeout_s: float

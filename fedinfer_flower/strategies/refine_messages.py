@@ -72,7 +72,7 @@ class RoundTerms:
     rephrase: str
     schedule: Schedule
     max_body_bytes: int
-    observe: Callable[[LanguageSite, LanguageSite, int, float], None] = field(repr=False)
+    observe: Callable[[LanguageSite, LanguageSite, str, int, float], None] = field(repr=False)
 
 
 @dataclass(frozen=True, kw_only=True)

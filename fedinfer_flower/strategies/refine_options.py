@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field, is_dataclass
 from typing import Any, Final
 
 from fedinfer_flower.errors import ConfigError, InvalidValueError, UnknownNameError
-from fedinfer_flower.wire.refine_fields import MAX_QUESTIONS, MAX_ROUNDS
+from fedinfer_flower.wire.refine_fields import MAX_QUESTIONS, MAX_ROUNDS, decoding_options
 
 __all__ = [
     "CONSENTS",
@@ -23,7 +23,6 @@ __all__ = [
 MEDIA: Final = ("auto", "cache", "text", "own")
 CONSENTS: Final = ("text", "cache", "full-cache")
 
-_DECODING: Final = frozenset({"max_new_tokens", "temperature", "top_k", "top_p", "seed"})
 _WHY_CONSENT: Final = (
     "a KV cache can be inverted: whoever holds one recovers what the prompt said, and of a full"
     " cache every token"
@@ -98,7 +97,7 @@ class RefineOptions:
         if self.medium not in MEDIA:
             raise InvalidValueError(
                 f"medium is one of {', '.join(MEDIA)}, not {self.medium!r}"
-                f"{_did_you_mean(self.medium, MEDIA)}"
+                f"{_did_you_mean(str(self.medium), MEDIA)}"
             )
         for name in sorted(self.allow - set(CONSENTS)):
             raise InvalidValueError(
@@ -109,11 +108,8 @@ class RefineOptions:
             raise InvalidValueError(f"rounds is in [1, {MAX_ROUNDS}], got {self.rounds!r}")
         if type(self.batch_size) is not int or not 1 <= self.batch_size <= MAX_QUESTIONS:
             raise InvalidValueError(f"batch_size is in [1, {MAX_QUESTIONS}]")
-        unknown = sorted(self.decoding.keys() - _DECODING)
-        if unknown:
-            raise InvalidValueError(
-                f"decoding has no {unknown[0]!r}{_did_you_mean(unknown[0], _DECODING)}"
-            )
+        if not isinstance(self.rephrase, str):
+            raise InvalidValueError("rephrase is the name of a rephraser; 'none' for none")
 
     def _check_parties(self) -> None:
         if self.receivers is not None and not self.receivers:
@@ -162,6 +158,8 @@ def names_of(given: str | Iterable[str] | None, option: str) -> tuple[str, ...] 
     """
     if given is None or given == "all":
         return None
+    if not isinstance(given, Iterable):
+        raise InvalidValueError(f"{option} is a name, a list of names, or 'all'")
     names = (given,) if isinstance(given, str) else tuple(given)
     if not all(isinstance(name, str) and name for name in names):
         raise InvalidValueError(f"{option} is a name, a list of names, or 'all'")
@@ -188,7 +186,12 @@ def require_names(wanted: Sequence[str], known: Sequence[str], failed: str = "")
 
 def consents(allow: str | Iterable[str]) -> frozenset[str]:
     """Return the media that a querier consents to; who allows full caches allows any."""
-    given = frozenset([allow] if isinstance(allow, str) else allow)
+    if not isinstance(allow, Iterable):
+        raise InvalidValueError(f"allow is a list, of {', '.join(CONSENTS)}")
+    names = [allow] if isinstance(allow, str) else list(allow)
+    if not all(isinstance(name, str) for name in names):
+        raise InvalidValueError(f"allow is a list, of {', '.join(CONSENTS)}")
+    given = frozenset(names)
     return given | {"cache"} if "full-cache" in given else given
 
 
@@ -199,8 +202,8 @@ def plain_decoding(given: Any) -> dict[str, Any]:
     """
     if given is None:
         return {}
-    fields = asdict(given) if is_dataclass(given) and not isinstance(given, type) else dict(given)
-    return {name: value for name, value in fields.items() if name != "stop"}
+    fields = asdict(given) if is_dataclass(given) and not isinstance(given, type) else given
+    return {name: value for name, value in decoding_options(fields).items() if name != "stop"}
 
 
 def _did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -131,11 +131,20 @@ class MediaPlanner:
         return PlannedMedium(medium=medium, reason=reason, **chosen)
 
     def observe(
-        self, receiver: LanguageSite, sharer: LanguageSite, *, size_bytes: int, seconds: float
+        self,
+        receiver: LanguageSite,
+        sharer: LanguageSite,
+        medium: str,
+        *,
+        size_bytes: int,
+        seconds: float,
     ) -> None:
         """Add one transfer, less the time that the sharer says its model takes."""
-        speed = _speed(sharer)
-        compute_s = 0.0 if speed is None else speed.read_s(_UNKNOWN_CHARS // _CHARS_PER_TOKEN)
+        speed, compute_s = _speed(sharer), 0.0
+        if speed is not None:
+            written = _NOTE_TOKENS if medium == "text" else 1
+            prompt = _UNKNOWN_CHARS // _CHARS_PER_TOKEN
+            compute_s = speed.read_s(prompt) + speed.write_s(written)
         self._planner(receiver).observe_transfer(
             sharer.name,
             size_bytes=max(size_bytes, 1),

@@ -208,7 +208,8 @@ class ReceiverRound:
             self._collected.offer(sharer, reply)
             return
         self._collected.take(sharer, self._asks[sharer].medium, reply.body)
-        self.terms.observe(self.site, site, len(reply.body), letter.seconds)
+        medium = self._asks[sharer].medium
+        self.terms.observe(self.site, site, medium, len(reply.body), letter.seconds)
         self._record(sharer, SiteStatus.ANSWERED, size=len(reply.body))
 
     def _when_all_came(self, now_s: float) -> list[Ask[StepKey]]:

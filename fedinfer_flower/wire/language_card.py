@@ -228,7 +228,7 @@ def read_language_card(envelope: Envelope, *, run_id: int, sender: int) -> Langu
     fields.exactly(meta, *own)
     card = LanguageCard(
         run_id=run_id,
-        name=fields.text(meta, "name", max_chars=128),
+        name=_name(meta),
         layout=_layout(meta),
         media=some_of(meta, "media", MEDIA),
         answers=fields.flag(meta, "answers"),
@@ -245,6 +245,14 @@ def read_language_card(envelope: Envelope, *, run_id: int, sender: int) -> Langu
     )
     card.require_signature()
     return card
+
+
+def _name(meta: Mapping[str, Json]) -> str:
+    name = fields.text(meta, "name", max_chars=128)
+    # Logs and reports show it: a line of its own in them is not a site's to write.
+    if not name.isprintable():
+        raise EnvelopeError("a language card whose name does not print")
+    return name
 
 
 def _layout(meta: Mapping[str, Json]) -> str:

@@ -5,9 +5,11 @@ Axes: B questions, J sharers.
 
 from __future__ import annotations
 
+import difflib
 import json
 import re
 from collections.abc import Mapping, Sequence
+from types import UnionType
 from typing import Final
 
 import numpy as np
@@ -30,6 +32,7 @@ __all__ = [
     "bits_from_bytes",
     "bits_to_bytes",
     "codes",
+    "decoding_options",
     "evidence_from_bytes",
     "evidence_to_bytes",
     "key_id",
@@ -58,7 +61,19 @@ MAX_CHARS: Final = 65_536
 MAX_SHARERS: Final = 256
 MAX_ROUNDS: Final = 16
 _EVIDENCE: Final = 4
+_DECODING: Final[Mapping[str, tuple[type | UnionType, float, float]]] = {
+    "max_new_tokens": (int, 1, 32_768),
+    "temperature": (int | float, 0, 100),
+    "top_k": (int, 0, 1 << 31),
+    "top_p": (int | float, 0, 1),
+    "seed": (int, 0, (1 << 63) - 1),
+    "stop": (list, 0, 0),
+}
+"""Settings of a ``Decoding``: type and range. That class itself needs torch."""
 _MAX_SPANS: Final = 1 << 20
+_MAX_SPANS_BYTES: Final = 24 * _MAX_SPANS
+_MAX_TEXTS_BYTES: Final = 16 << 20
+"""JSON of nothing but brackets takes twenty times its length in memory once it is read."""
 _FEW_TOKENS: Final = 8
 """A share of more last tokens than these counts as a full cache: most prompts are short."""
 _CODE: Final = re.compile(r"FI[0-9]{3}")
@@ -89,6 +104,37 @@ def medium_of(share: Mapping[str, Json]) -> str:
     return "cache" if few else "full-cache"
 
 
+def decoding_options(given: object) -> dict[str, Json]:
+    """Return settings of decoding, checked where they are made and not at every site.
+
+    Raises
+    ------
+    InvalidValueError
+        If one is unknown, or a value that no site takes.
+
+    Examples
+    --------
+    >>> decoding_options({"max_new_tokens": 8})
+    {'max_new_tokens': 8}
+    """
+    if not isinstance(given, Mapping):
+        raise InvalidValueError("decoding is a mapping from settings to values")
+    for name, value in given.items():
+        if name not in _DECODING:
+            near = difflib.get_close_matches(str(name), _DECODING, n=1)
+            raise InvalidValueError(
+                f"decoding has no {str(name)[:64]!r}",
+                hint=f"did you mean {near[0]!r}?" if near else f"known: {', '.join(_DECODING)}",
+            )
+        if name == "stop":
+            continue
+        kind, low, high = _DECODING[name]
+        number = isinstance(value, kind) and not isinstance(value, bool)
+        if not number or not low <= value <= high:
+            raise InvalidValueError(f"{name} of decoding is a number in [{low}, {high}]")
+    return dict(given)
+
+
 def texts_to_bytes(texts: Sequence[str]) -> bytes:
     """Return texts as one section.
 
@@ -115,6 +161,8 @@ def texts_from_bytes(
     SizeLimitError
         If there are more of them, or longer ones, than the limits.
     """
+    if len(data) > _MAX_TEXTS_BYTES:
+        raise SizeLimitError(f"a section of texts of more than {_MAX_TEXTS_BYTES} bytes")
     try:
         values: Json = json.loads(bytes(data))
     except (ValueError, RecursionError):
@@ -147,6 +195,8 @@ def spans_from_bytes(data: bytes | memoryview) -> tuple[tuple[Span, ...], ...]:
     """
     if not len(data):
         return ()
+    if len(data) > _MAX_SPANS_BYTES:
+        raise SizeLimitError("more spans of tokens than a batch has")
     try:
         rows: Json = json.loads(bytes(data))
     except (ValueError, RecursionError):

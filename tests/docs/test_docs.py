@@ -142,6 +142,44 @@ def test_threat_model_has_a_row_and_a_section_for_every_mode():
     assert rows == sections == set(MODES)
 
 
+def test_threat_model_has_a_row_for_every_way_that_language_models_help():
+    from fedinfer_flower.strategies.refine_options import CONSENTS
+    from fedinfer_flower.wire.refine_fields import HOSTS, MEDIA
+
+    text = (DOCS / "explanation" / "threat-model.md").read_text()
+    section = text.partition("## Language models\n")[2].partition("\n## ")[0]
+    rows = set(re.findall(r"^\| \*\*([a-z -]+)\*\* \|", section, flags=re.M))
+    assert set(MEDIA) == set(CONSENTS)
+    assert rows == {"own", *MEDIA, *(f"fusers at the {h}" for h in HOSTS if h != "receiver")}
+
+
+def test_policy_table_of_refine_page_names_fields_with_their_defaults():
+    import dataclasses
+
+    from fedinfer_flower.clients.language_policy import LanguagePolicy
+
+    defaults = {f.name: f.default for f in dataclasses.fields(LanguagePolicy)}
+    text = (DOCS / "how-to" / "refine.md").read_text()
+    table = text.partition("| `LanguagePolicy` |")[2].partition("\n\n")[0]
+    rows = re.findall(r"^\| (`[^|]+`)[^|]* \| ([^|]*) \|", table, flags=re.M)
+    words = {"on": True, "off": False, "1": 1}
+    named = {n: default for cell, default in rows for n in re.findall(r"`(\w+)`", cell)}
+    assert named.keys() <= defaults.keys()
+    assert {n: words[d] for n, d in named.items() if d} == {
+        n: defaults[n] for n, d in named.items() if d
+    }
+    # Every switch is in the table: a site shares by them.
+    assert {n for n, default in defaults.items() if type(default) is bool} <= named.keys()
+
+
+def test_wire_format_page_names_every_action():
+    from fedinfer_flower.wire.actions import ACTIONS, LANGUAGE_ACTIONS, message_type
+
+    text = (DOCS / "reference" / "wire-format.md").read_text()
+    for action in (*ACTIONS, *LANGUAGE_ACTIONS):
+        assert f"`{message_type(action)}`" in text, action
+
+
 def test_protection_tables_name_every_protection():
     from fedinfer_flower.privacy.base import PROTECTIONS
 

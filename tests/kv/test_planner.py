@@ -17,7 +17,7 @@ from fedinfer_flower.kv.latency import (
     break_even_bandwidth,
     predicted_s,
 )
-from fedinfer_flower.kv.link import Link, LinkEstimate
+from fedinfer_flower.kv.link import UNKNOWN_LINK, Link, LinkEstimate
 from fedinfer_flower.kv.media import CODEC_BITS, DISCLOSURES, Medium
 from fedinfer_flower.kv.media_history import MediaHistory
 from fedinfer_flower.kv.planner import PARTIES, Planner, PlannerOptions, SharingPolicy, plan
@@ -340,7 +340,7 @@ def test_wrong_values_fail_when_built(broken):
     st.lists(st.integers(1, 10**7), min_size=3, unique=True),
 )
 def test_link_estimate_finds_the_line(bytes_per_s, rtt_s, sizes):
-    assume(max(sizes) > 2 * min(sizes))
+    assume(max(sizes) > 3 * min(sizes))
     link = LinkEstimate()
     for size in sizes:
         link.observe(size_bytes=size, seconds=rtt_s + size / bytes_per_s)
@@ -363,12 +363,23 @@ def test_link_estimate_follows_a_link_that_got_slower():
     assert math.isclose(link.bytes_per_s, 1e4, rel_tol=0.05)
 
 
-def test_link_estimate_of_equal_transfers_is_their_throughput():
+def test_link_estimate_of_like_transfers_does_not_rule_out_larger_ones():
     link = LinkEstimate()
-    for _ in range(5):
-        link.observe(size_bytes=1000, seconds=0.5)
-    assert link.rtt_s == 0.0
-    assert math.isclose(link.bytes_per_s, 2000.0)
+    for size in (1000, 1100, 900) * 3:
+        link.observe(size_bytes=size, seconds=0.5 + size / 1e4)
+    # They might be slow by bandwidth or by fixed cost: a larger body is worth a try ...
+    assert link.bytes_per_s == UNKNOWN_LINK.up_bytes_per_s
+    assert math.isclose(link.rtt_s + 1000 / link.bytes_per_s, 0.6, rel_tol=0.05)
+    # ... and settles it.
+    link.observe(size_bytes=30_000, seconds=0.5 + 3.0)
+    assert math.isclose(link.bytes_per_s, 1e4, rel_tol=0.05)
+
+
+def test_link_estimate_of_larger_bodies_that_come_sooner_is_not_slow():
+    link = LinkEstimate()
+    for size, seconds in ((1000, 0.9), (20_000, 0.3)) * 3:
+        link.observe(size_bytes=size, seconds=seconds)
+    assert link.bytes_per_s >= UNKNOWN_LINK.up_bytes_per_s
 
 
 def test_history_moves_from_the_prior_to_what_was_measured():
@@ -438,5 +449,6 @@ def test_evidence_of_this_question_replaces_the_history():
 def test_planner_keeps_links_apart():
     planner = Planner()
     planner.observe_transfer("north", size_bytes=1000, seconds=1.0)
+    planner.observe_transfer("north", size_bytes=100_000, seconds=100.0)
     assert planner.link("south") is None
-    assert planner.link("north").up_bytes_per_s == 1000.0
+    assert math.isclose(planner.link("north").up_bytes_per_s, 1000.0, rel_tol=1e-6)

@@ -18,9 +18,7 @@ from fedinfer_flower.kv.gate import ABSTAINS, GATES, Gate
 
 __all__ = ["GateNetwork", "LearnedGate", "LearnedGateSpec"]
 
-_INPUTS: Final = 4 + 4 + 4 + 2
-_NOBODY: Final = -3.0
-"""Stands, in deviations from the mean, for the best of no other sharers."""
+_INPUTS: Final = 4 + 4 + 2
 _CLAMP: Final = 5.0
 """Deviations; what lies further out was not seen in training."""
 
@@ -72,9 +70,10 @@ class LearnedGateSpec:
 class GateNetwork(nn.Module):
     """Score every sharer against the own answer; the order of sharers does not matter.
 
-    Inputs of sharer j: its evidence, the receiver's, the largest of each number among the
-    *other* sharers, its agreement and whether agreement is known. Evidence is in standard
-    deviations of the training data.
+    Inputs of sharer j: its evidence, the receiver's, its agreement and whether agreement is
+    known. Evidence is in standard deviations of the training data. The evidence of *other*
+    sharers is no input: trained where exactly one of them knows each answer, a network that
+    saw it took two sharers that both know for a contradiction, and stayed alone.
     """
 
     mean: Tensor
@@ -92,26 +91,19 @@ class GateNetwork(nn.Module):
         self.register_buffer("mean", torch.zeros(4))
         self.register_buffer("scale", torch.ones(4))
 
-    def forward(
-        self, own: Tensor, sharers: Tensor, seen: Tensor, agreement: Tensor | None = None
-    ) -> Tensor:
-        """Return the log-odds of each sharer; (B, J), meaningless where not `seen`."""
-        rows, j = seen.shape
+    def forward(self, own: Tensor, sharers: Tensor, agreement: Tensor | None = None) -> Tensor:
+        """Return the log-odds of each sharer; (B, J)."""
+        rows, j = sharers.shape[:2]
         mine, theirs = (
             ((x - self.mean) / self.scale).clamp(-_CLAMP, _CLAMP) for x in (own, sharers)
         )
-        present = torch.where(seen[..., None], theirs, _NOBODY)
-        # (B, J, J, 4): for each sharer, all sharers with itself hidden.
-        others = present[:, None].expand(rows, j, j, 4)
-        itself = torch.eye(j, dtype=torch.bool)[None, :, :, None]
-        best = others.masked_fill(itself, _NOBODY).amax(2) if j else theirs
         if agreement is None:
             said = torch.zeros(rows, j, 2)
         else:
             # A negative agreement stands for "not known".
             known = (agreement >= 0.0).float()
             said = torch.stack([agreement * known, known], -1)
-        inputs = torch.cat([theirs, mine[:, None].expand(rows, j, 4), best, said], -1)
+        inputs = torch.cat([theirs, mine[:, None].expand(rows, j, 4), said], -1)
         scores: Tensor = self.layers(inputs).squeeze(-1)
         return scores
 
@@ -163,7 +155,7 @@ class LearnedGate(Gate):
         Minus infinity where a sharer cannot be taken, whatever the margin.
         """
         known = agreement if self.spec.uses_agreement else None
-        scores: Tensor = self.network(own, sharers, seen, known)
+        scores: Tensor = self.network(own, sharers, known)
         barred = ~seen | (sharers[..., 3] >= ABSTAINS) | self.own_suffices(own)[:, None]
         return scores.masked_fill(barred, -math.inf)
 

@@ -9,9 +9,12 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from fedinfer_flower.refine.examples import FuserExample
 from fedinfer_flower.simulation.facts.world import Fact, FactWorld, Person
+
+if TYPE_CHECKING:
+    from fedinfer_flower.refine.examples import FuserExample
 
 __all__ = ["HeldExample", "fuser_examples", "gate_examples", "trial_examples"]
 
@@ -130,12 +133,16 @@ def trial_examples(
 
 
 def _facts(facts: Sequence[Fact], task: str) -> list[FuserExample]:
+    from fedinfer_flower.refine.examples import FuserExample
+
     return [FuserExample(fact.question(), fact.value, task=task) for fact in facts]
 
 
 def _documents(
     world: FactWorld, people: Sequence[Person], sizes: Sequence[int], each: int, seed: int
 ) -> list[FuserExample]:
+    from fedinfer_flower.refine.examples import FuserExample
+
     rng = random.Random(seed)  # noqa: S311
     return [
         FuserExample(fact.question(), fact.value, document=document, task=f"doc{size}")

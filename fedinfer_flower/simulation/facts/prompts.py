@@ -38,14 +38,16 @@ class FactPrompts:
         """Return ``D <statements> Q ... ? S``."""
         return " ".join([*_one_document(documents), question, "S"])
 
-    def ask_with_notes(self, question: str, notes: Sequence[str]) -> str:
-        """Return the question behind a document made of the notes."""
+    def ask_with_notes(
+        self, question: str, notes: Sequence[str], *, documents: Sequence[str] = ()
+    ) -> str:
+        """Return the question behind own documents and one made of the notes."""
         kept = []
         for note in notes[:_MAX_NOTES]:
             words = [w for w in note.split() if w in self._words][:_MAX_NOTE_WORDS]
             if words and ABSTENTION not in words:
                 kept.append(" ".join([*words, "."] if words[-1] != "." else words))
-        return self.ask(question, documents=kept)
+        return self.ask(question, documents=[*documents, *kept])
 
     def rewrite(self, question: str, *, style: int) -> str | None:  # noqa: ARG002
         """Return None: these models were never taught to rewrite."""

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from fedinfer_flower.clients import language_state
-from fedinfer_flower.clients.language_mod import LanguagePolicy
+from fedinfer_flower.clients.language_mod import LanguagePolicy, LanguageSite
 from fedinfer_flower.errors import (
     BindingError,
     CacheError,
@@ -320,7 +320,7 @@ def lies(models, questions):
         ("nothing", b"", shown, CacheError),
         ("more rows", encode_entries(more, codec="fp32"), shown, SizeLimitError),
         ("fewer rows", encode_entries(entries.select([0]), codec="fp32"), shown, ShapeError),
-        ("more tokens", encode_entries(wide, codec="fp32"), shown, CacheError),
+        ("more tokens", encode_entries(wide, codec="fp32"), shown, SizeLimitError),
         (
             "other scales",
             encode_entries(entries, codec="static4", scales=scales),
@@ -374,7 +374,7 @@ def test_notes_longer_than_the_window_are_dropped(
 ):
     receiver, sharer = federation.site(models["qwen3"]), federation.site(models["llama"])
 
-    def ask_with_notes(self, question, notes):
+    def ask_with_notes(self, question, notes, *, documents=()):
         return " ".join(["tukem"] * models["qwen3"].layout.window + [question])
 
     monkeypatch.setattr(type(models["qwen3"].prompts), "ask_with_notes", ask_with_notes)
@@ -802,3 +802,36 @@ def test_own_answer_is_to_be_had_once_after_the_refined_one(pair, make_ask, ques
     assert own.used is None or not own.used.any()
     with pytest.raises(ReplayError):
         ask.refined(handle="", parts=(), asked=ask.asked())
+
+
+@pytest.mark.parametrize("agreed", [True, False])
+def test_receiver_reads_its_own_documents_only_where_its_policy_says_so(
+    federation, models, make_ask, questions, open_policy, agreed
+):
+    seen, model = [], models["qwen3"]
+
+    def documents(question):
+        seen.append(question)
+        return ["D city of kim lot is oslo ."]
+
+    policy = dataclasses.replace(open_policy, answers_from_documents=agreed)
+    receiver = federation.site(LanguageSite(model=model, documents=documents), policy=policy)
+    ask = make_ask(receiver, [], questions)
+    _, answers = ask.refined(handle=ask.rephrased().handle)
+    assert seen == (list(questions) if agreed else [])
+    alone = Receiver(model)
+    read = [documents("")] * len(questions) if agreed else None
+    assert list(answers.texts) == alone.answer(alone.own(questions, read))
+    assert (alone.answer(alone.own(questions)) == list(answers.texts)) is not agreed
+
+
+def test_documents_that_do_not_fit_leave_the_own_answer(
+    federation, models, make_ask, questions, open_policy
+):
+    model = models["qwen3"]
+    policy = dataclasses.replace(open_policy, answers_from_documents=True)
+    endless = " ".join(["tukem"] * model.layout.window)
+    loaded = LanguageSite(model=model, documents=lambda question: [endless])
+    ask = make_ask(federation.site(loaded, policy=policy), [], questions)
+    _, answers = ask.refined(handle=ask.rephrased().handle)
+    assert answers.texts == own_answers(federation.site(model), questions)
