@@ -237,6 +237,7 @@ class LanguageMod:
             run_id=context.run_id,
             name=self._site_name(context),
             layout=state.model.layout.to_json(),
+            node_id=context.node_id,
             media=policy.media,
             answers=policy.answers,
             coordinator_fusers=policy.coordinator_fusers,

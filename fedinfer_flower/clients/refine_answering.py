@@ -7,6 +7,7 @@ Axes: B questions, J sharers.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
@@ -24,6 +25,7 @@ from fedinfer_flower.errors import (
     HandleError,
     InvalidValueError,
     ModelAnswerError,
+    ReplayError,
     SizeLimitError,
 )
 from fedinfer_flower.wire.envelope import Envelope
@@ -59,6 +61,7 @@ def refine(envelope: Envelope, desk: Desk, *, sender: int) -> Envelope:
         parts = open_parts(request.parts, kept, desk)
         past, used = fuse_parts(kept, parts, desk)
         texts = _decoded(kept, past, desk)
+        _spend_both(kept, request, desk)
         if request.keep and request.round_number < kept.asked.consent.max_rounds:
             key = desk.state_key(kept.asked.consent, request.round_number)
             desk.state.refined.put(key, past)
@@ -177,6 +180,13 @@ def _kept(request: RefineRequest, desk: Desk) -> Kept:
             rephraser=asked.rephrase or desk.state.rephrase,
         )
     return kept
+
+
+def _spend_both(kept: Kept, request: RefineRequest, desk: Desk) -> None:
+    """Answer a batch once: a refined answer uses up the own one, and the other way round."""
+    other = "own" if request.parts else "refine"
+    with contextlib.suppress(ReplayError):
+        desk.admit(kept.asked.consent, round_number=request.round_number, verb=other, peer="")
 
 
 def _decoded(kept: Kept, past: Past, desk: Desk) -> list[str]:

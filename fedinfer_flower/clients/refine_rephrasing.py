@@ -223,11 +223,11 @@ def _read_alone(
     none: tuple[tuple[str, ...], ...] = ((),) * len(questions)
     if look_up is None or not desk.policy.answers_from_documents:
         return receiver.own(questions), none
-    found = tuple(tuple(look_up(question)) for question in questions)
     try:
+        found = tuple(tuple(look_up(question)) for question in questions)
         return receiver.own(questions, found), found
-    except PromptTooLongError:
-        return receiver.own(questions), none
+    except (ModelAnswerError, PromptTooLongError):
+        return receiver.own(questions), none  # the log has said why
 
 
 def _expected(

@@ -77,6 +77,8 @@ class LanguageCard:
     name : str
     layout : str
         JSON of the model's ``CacheLayout``.
+    node_id : int
+        Flower's, in this run.
     media : tuple of str
         What it shares with consenting queriers, of `MEDIA`; empty for a pure receiver.
     answers : bool
@@ -103,6 +105,7 @@ class LanguageCard:
     run_id: int
     name: str
     layout: str
+    node_id: int = 0
     media: tuple[str, ...] = ()
     answers: bool = True
     coordinator_fusers: bool = False
@@ -224,12 +227,17 @@ def read_language_card(envelope: Envelope, *, run_id: int, sender: int) -> Langu
     meta = envelope.meta["card"]
     if not isinstance(meta, dict):
         raise EnvelopeError("a language card that is no object")
+    node_id = fields.whole(meta, "node_id", low=0, high=2**64 - 1)
+    if sender and node_id != sender:
+        # Cards are shown to other sites: one that replays another's must not displace it.
+        raise BindingError("the language card is another node's")
     own = set(LanguageCard.__dataclass_fields__) - {"run_id", "identity", "signature"}
     fields.exactly(meta, *own)
     card = LanguageCard(
         run_id=run_id,
         name=_name(meta),
         layout=_layout(meta),
+        node_id=node_id,
         media=some_of(meta, "media", MEDIA),
         answers=fields.flag(meta, "answers"),
         coordinator_fusers=fields.flag(meta, "coordinator_fusers"),

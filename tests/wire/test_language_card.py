@@ -26,6 +26,7 @@ CARD = LanguageCard(
     run_id=RUN,
     name="north",
     layout=LAYOUT,
+    node_id=NODE,
     media=("cache", "text"),
     codecs=("int8",),
     speeds=Speeds(prefill_s=0.01, prefill_s_per_token=1e-4, decode_s=0.002),
@@ -39,6 +40,7 @@ cards = st.builds(
     LanguageCard,
     run_id=st.integers(0, 2**64 - 1),
     name=st.text("abc äß-", max_size=20),
+    node_id=st.just(NODE),
     layout=st.just(LAYOUT),
     media=st.permutations(["cache", "full-cache", "text"]).map(tuple),
     answers=st.booleans(),
@@ -84,6 +86,11 @@ def test_card_names_its_model_and_its_keys():
 def test_card_that_was_altered_does_not_verify(change):
     with pytest.raises(SignatureError):
         LanguageCard.from_bytes(dataclasses.replace(CARD, **change).to_bytes())
+
+
+def test_card_that_another_node_replays_as_its_own_is_refused():
+    with pytest.raises(BindingError, match="another node"):
+        read_language_card(CARD.to_envelope(sender=NODE + 1), run_id=RUN, sender=NODE + 1)
 
 
 def test_card_of_another_run_sender_or_query_is_refused():

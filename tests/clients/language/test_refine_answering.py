@@ -792,16 +792,32 @@ def test_reply_is_bound_to_its_query(pair, make_ask, questions):
         RephraseReply.read(envelope, query_id="q-x", **receiver.where)
 
 
-def test_own_answer_is_to_be_had_once_after_the_refined_one(pair, make_ask, questions):
+def test_batch_is_answered_once_refined_or_alone(pair, make_ask, questions):
+    receiver, sharer = pair
+    for first_alone in (False, True):
+        ask = make_ask(receiver, [sharer], questions)
+        parts = ask.parts(ask.rephrased())
+        asks = [{"parts": parts}, {"parts": ()}]
+        first, second = reversed(asks) if first_alone else asks
+        _, answers = ask.refined(handle="", asked=ask.asked(), sharers=ask.seats(), **first)
+        assert len(answers.texts) == len(questions)
+        with pytest.raises(ReplayError):
+            ask.refined(handle="", asked=ask.asked(), sharers=ask.seats(), **second)
+
+
+def test_own_answer_is_to_be_had_where_the_refined_one_failed(
+    pair, make_ask, questions, monkeypatch
+):
     receiver, sharer = pair
     ask = make_ask(receiver, [sharer], questions)
-    ask.whole()
-    # The handle is spent: the receiver works on the questions anew.
-    _, own = ask.refined(handle="", parts=(), asked=ask.asked())
-    assert len(own.texts) == len(questions)
-    assert own.used is None or not own.used.any()
-    with pytest.raises(ReplayError):
-        ask.refined(handle="", parts=(), asked=ask.asked())
+    parts = ask.parts(ask.rephrased())
+    broken = {"handle": "", "asked": ask.asked(), "sharers": ask.seats()}
+    with monkeypatch.context() as patched:
+        patched.setattr("fedinfer_flower.clients.refine_answering.fuse_parts", lambda *_: 1 // 0)
+        with pytest.raises(ModelAnswerError):
+            ask.refined(parts=parts, **broken)
+    _, own = ask.refined(parts=(), **broken)
+    assert own.texts == own_answers(receiver, questions)
 
 
 @pytest.mark.parametrize("agreed", [True, False])
@@ -832,6 +848,17 @@ def test_documents_that_do_not_fit_leave_the_own_answer(
     policy = dataclasses.replace(open_policy, answers_from_documents=True)
     endless = " ".join(["tukem"] * model.layout.window)
     loaded = LanguageSite(model=model, documents=lambda question: [endless])
+    ask = make_ask(federation.site(loaded, policy=policy), [], questions)
+    _, answers = ask.refined(handle=ask.rephrased().handle)
+    assert answers.texts == own_answers(federation.site(model), questions)
+
+
+def test_documents_that_cannot_be_read_leave_the_own_answer(
+    federation, models, make_ask, questions, open_policy
+):
+    model = models["qwen3"]
+    policy = dataclasses.replace(open_policy, answers_from_documents=True)
+    loaded = LanguageSite(model=model, documents=lambda question: 1 // 0)
     ask = make_ask(federation.site(loaded, policy=policy), [], questions)
     _, answers = ask.refined(handle=ask.rephrased().handle)
     assert answers.texts == own_answers(federation.site(model), questions)
