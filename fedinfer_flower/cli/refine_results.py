@@ -238,11 +238,13 @@ def _sized(run: RefineRun, scores: Scores, label: str, tokens: int | None) -> di
 
 
 def _plans(run: RefineRun) -> list[dict[str, Any]]:
-    """Return how often the planner chose which medium, and the reason it gave most recently."""
+    """Return how often the planner chose which medium, and a reason, with caches in it if any."""
     if "auto" not in run.outcomes:
         return []
     plans = run.outcomes["auto"].report["plans"]
     counts = Counter(plan["medium"] for plan in plans)
+    # An institution that appears twice has no fuser for itself: there caches are no choice.
+    plans = sorted(plans, key=lambda plan: "cache" in plan["reason"])
     last = {plan["medium"]: plan["reason"] for plan in plans}
     return [
         {"medium": medium, "count": count, "reason": last[medium]}
