@@ -19,6 +19,7 @@ __all__ = ["Finding", "examine"]
 _EXTRAS: Final = {
     "simulation": ("ray", "flwr_datasets", "sklearn"),
     "torch": ("torch",),
+    "llm": ("torch", "transformers", "safetensors"),
     "he": ("tenseal",),
     "dp": ("scipy",),
     "dp-training": ("opacus", "torch"),
