@@ -226,7 +226,9 @@ class InferenceMod:
             return Message(pack(self._reply(message, context)), reply_to=message)
         except FedInferError as exc:
             envelope = self._error(exc, message, context)
-        except (Exception, SystemExit) as exc:
+        except BaseException as exc:  # a tokenizer that panics raises what is no `Exception`
+            if isinstance(exc, (KeyboardInterrupt, GeneratorExit)):
+                raise
             log_locally(exc)
             generic = ModelAnswerError("the site's handler failed", hint="see the site's own log")
             envelope = self._error(generic, message, context)

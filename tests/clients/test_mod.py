@@ -141,6 +141,14 @@ def exits(rows):
     raise SystemExit(CANARY)
 
 
+class Panic(BaseException):
+    """As a tokenizer written in Rust raises it."""
+
+
+def panics(rows):
+    raise Panic(CANARY)
+
+
 def raises_our_own(rows):
     raise QuorumNotMetError(f"{CANARY} {rows}", hint=CANARY)
 
@@ -156,6 +164,7 @@ def recurses(rows):
 FAULTY_MODELS = {
     "raises": raises,
     "raises SystemExit": exits,
+    "panics": panics,
     "raises an error of this package": raises_our_own,
     "raises an error named at run time": odd_error,
     "recurses": recurses,
