@@ -130,8 +130,8 @@ def _site(letter: Letter[int], run_id: int) -> LanguageSite:
 
 
 def _refuse_shared_keys(found: dict[int, LanguageSite], failures: dict[int, FedInferError]) -> None:
-    # Two nodes with one key are the site itself and somebody's replay, and nobody can tell
-    # which is which.
+    # Two sites with one home, or a stolen key: nobody can tell which of them is meant. A
+    # card that is merely replayed names its own node, and got no further than its reader.
     keys = Counter(site.key_id for site in found.values())
     for node_id, site in list(found.items()):
         if keys[site.key_id] > 1:

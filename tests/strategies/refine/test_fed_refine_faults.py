@@ -23,7 +23,7 @@ from fedinfer_flower.wire.records import pack, unpack
 from fedinfer_flower.wire.refine_ask import ShareBody, open_ask, pack_body
 from fedinfer_flower.wire.refine_documents import ShareReply
 
-from .conftest import Federation, strategy
+from .conftest import NAMES, Federation, strategy
 
 CANARY = "CANARY"
 
@@ -398,17 +398,30 @@ def test_site_that_fails_to_introduce_itself_is_left_out(untrained, questions):
     assert set(result.receivers[0].used[0]) == {"south"}
 
 
-def test_site_under_anothers_key_leaves_both_out(untrained, questions):
+def test_site_that_shows_anothers_card_does_not_displace_it(untrained, questions):
     stolen = []
 
     def copies(action, name, message, context, handle):
         if action == "fi_introduce" and name in ("south", "west"):
-            ours = unpack(handle(message, context).content)
-            stolen.append(ours)
+            stolen.append(unpack(handle(message, context).content))
             return Message(pack(replace(stolen[0], sender=context.node_id)), reply_to=message)
         return handle(message, context)
 
     result = Federation(untrained, intercept=copies).ask(questions, min_available_nodes=3)
+
+    # The card is the first one's, who helps; the other is out.
+    assert len(result.plans) == 1
+    assert all(result.receivers[0].refined)
+    assert set(result.receivers[0].used[0]) == {result.plans[0].sharer}
+
+
+def test_two_nodes_with_one_key_are_both_left_out(untrained, questions, tmp_path):
+    # Two sites that were given one home: each signs a card of its own with the same key.
+    places = [NAMES.index(name) for name in ("south", "west")]
+    (tmp_path / f"partition-{places[0]}").mkdir(mode=0o700)
+    (tmp_path / f"partition-{places[1]}").symlink_to(tmp_path / f"partition-{places[0]}")
+    options = {name: {"home": tmp_path} for name in ("south", "west")}
+    result = Federation(untrained, options=options).ask(questions, min_available_nodes=3)
 
     assert not any(result.receivers[0].refined)
     assert result.plans == ()
