@@ -96,8 +96,10 @@ class LanguagePolicy:
 
     Privacy
     -------
-    What is shared goes to a site that can read it: a receiver whose key the querier named,
-    and in later rounds those with whom the receiver shares (`max_rounds`).
+    What is shared goes to a site that can read it: a receiver, whose key the querier named if
+    it signed its consent, and in later rounds those with whom the receiver shares
+    (`max_rounds`). A site that pins neither peers nor queriers has the coordinator's word for
+    who the receiver is: it can be the coordinator.
     Last-token entries give away the answer and, often, more of the document; text says what
     it says; full caches give away everything. Nothing here adds noise.
 
