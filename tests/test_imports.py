@@ -22,6 +22,7 @@ NAMES = [str(path.relative_to(PACKAGE)) for path in MODULES]
 HEAVY = (
     *("torch", "tenseal", "sklearn", "matplotlib", "ray", "scipy", "datasets", "flwr_datasets"),
     *("opacus", "spu", "jax", "transformers", "tokenizers", "safetensors"),
+    *("sqlalchemy", "alembic", "psycopg", "pydvl"),
 )
 TORCH_PARTS = ("kv", "language", "refine")
 """Parts that are networks through and through: nothing but themselves loads them at import."""
@@ -130,9 +131,13 @@ ALLOWED = {
     "receipts": {"errors", "privacy", "wire"},
     "attacks": {
         *("errors", "registry", "query", "ensemble", "privacy", "wire", "clients"),
-        *("kv", "language", "refine"),
+        *("kv", "language", "refine", "incentives", "settlement", "selection"),
     },
     "training": {"errors", "privacy"},
+    "selection": {"errors", "registry", "profile", "query", "ensemble"},
+    "incentives": {"errors", "registry", "query", "ensemble", "receipts", "wire"},
+    "settlement": {"errors", "registry", "query", "ensemble", "privacy", "wire", "incentives"},
+    "uncertainty": {"errors", "registry", "query", "ensemble", "privacy", "wire"},
     "encrypted_query": {"errors", "registry", "query", "ensemble", "privacy", "wire"},
     "split": {"errors", "query", "ensemble", "privacy", "querier", "wire"},
     "planning": {"errors", "registry", "query", "ensemble", "privacy", "wire"},
@@ -141,15 +146,16 @@ ALLOWED = {
     "refine": {"errors", "registry", "kv", "language"},
     "clients": {
         *("errors", "registry", "query", "ensemble", "privacy", "wire", "receipts"),
-        *("encrypted_query", "mpc", "kv", "language", "refine"),
+        *("encrypted_query", "mpc", "kv", "language", "refine", "settlement", "uncertainty"),
     },
     "querier": {
         *("errors", "registry", "query", "ensemble", "privacy", "wire", "planning"),
-        *("encrypted_query", "mpc"),
+        *("encrypted_query", "mpc", "selection", "settlement", "incentives", "uncertainty"),
     },
     "strategies": {
         *("errors", "registry", "query", "ensemble", "privacy", "wire", "planning", "querier"),
         *("receipts", "encrypted_query", "mpc", "kv"),
+        *("profile", "selection", "settlement", "incentives", "uncertainty"),
     },
 }
 

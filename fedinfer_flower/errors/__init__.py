@@ -1,0 +1,155 @@
+"""Every error of the package, in one tree.
+
+FedInferError
+├── ConfigError                  FI200  wrong before anything runs
+│   ├── UnknownNameError         FI201  no rule, protection, ... of that name
+│   ├── InvalidValueError        FI202  a value outside its range or type
+│   ├── IncompatibleProtection   FI203  rule x protection pair that cannot work
+│   ├── MissingExtraError        FI204  an optional dependency is not installed
+│   ├── KeyAtCoordinatorError    FI205  the coordinator would hold the secret key
+│   ├── UnknownConfigKeyError    FI206  a run-config key that nothing reads
+│   ├── CapacityError            FI207  a sum could wrap around its modulus
+│   └── ModelError               FI208  a local model that no adapter fits
+├── ProtocolError                FI300  a message that must not be believed
+│   ├── EnvelopeError            FI301  malformed bytes or fields
+│   ├── UnsupportedVersionError  FI302  an envelope of another version
+│   ├── BindingError             FI303  right form, wrong run, query, key, sender, profile
+│   ├── ShapeError               FI304  shape or dtype other than agreed
+│   ├── SizeLimitError           FI305  larger than the receiver accepts
+│   ├── InvalidScoresError       FI306  NaN, infinite or out-of-bound scores
+│   ├── InvalidCiphertextError   FI307  bytes that are no ciphertext of this round
+│   ├── ProtectionRefusedError   FI308  the site does not answer under this protection
+│   ├── LabelSpaceError          FI309  class names that do not fit the query
+│   ├── SignatureError           FI310  a signature that is not by the key it claims
+│   ├── UntrustedKeyError        FI311  a key that is not the pinned one
+│   ├── SealError                FI312  sealed bytes that do not open with this key
+│   ├── ReplayError              FI313  a query id that was answered before
+│   ├── ExpiredError             FI314  a query after its time
+│   ├── BudgetExceededError      FI315  a privacy budget that does not cover the query
+│   ├── DifferencingError        FI316  the same rows to another cohort
+│   ├── ReceiptError             FI317  a receipt that does not verify
+│   ├── CacheError               FI318  a cache that is malformed, not finite or another model's
+│   ├── HandleError              FI319  a cache handle that is unknown, spent, late or another's
+│   ├── MediumRefusedError       FI320  the site does not share in this way
+│   └── SettlementError          FI321  evidence or a reveal that does not fit its epoch
+└── QueryError                   FI400  a run that did not go to its end
+    ├── SiteFailedError          FI401  a site's app failed outside our handler
+    ├── QuorumNotMetError        FI402  too few answers by the deadline
+    ├── ModelLoadError           FI403  load_model failed at the site
+    ├── ModelAnswerError         FI404  the local model failed on the query
+    ├── NotEnoughNodesError      FI405  too few nodes came online
+    ├── NotRegisteredError       FI406  the ClientApp has no inference handler
+    ├── RecoveryError            FI407  a dropout that could not be made good
+    ├── PartyFailedError         FI408  a party of a joint computation died or was late
+    ├── FuserError               FI409  no fuser for a pair of models, or one for another pair
+    ├── PromptTooLongError       FI410  a prompt longer than the model's window
+    ├── SelectionError           FI411  no set of sites fits what was asked for
+    └── LedgerError              FI412  a posting that is refused, or a ledger that does not verify
+
+An error text says what happened, where, the likely cause and the next step. It never
+carries inputs, scores, prompts or keys: Flower sends texts of exceptions to the server.
+"""
+
+from __future__ import annotations
+
+from fedinfer_flower.errors.base import FedInferError
+from fedinfer_flower.errors.by_code import error_class
+from fedinfer_flower.errors.config import (
+    CapacityError,
+    ConfigError,
+    IncompatibleProtection,
+    InvalidValueError,
+    KeyAtCoordinatorError,
+    MissingExtraError,
+    ModelError,
+    UnknownConfigKeyError,
+    UnknownNameError,
+)
+from fedinfer_flower.errors.protocol import (
+    BindingError,
+    BudgetExceededError,
+    CacheError,
+    DifferencingError,
+    EnvelopeError,
+    ExpiredError,
+    HandleError,
+    InvalidCiphertextError,
+    InvalidScoresError,
+    LabelSpaceError,
+    MediumRefusedError,
+    ProtectionRefusedError,
+    ProtocolError,
+    ReceiptError,
+    ReplayError,
+    SealError,
+    SettlementError,
+    ShapeError,
+    SignatureError,
+    SizeLimitError,
+    UnsupportedVersionError,
+    UntrustedKeyError,
+)
+from fedinfer_flower.errors.query import (
+    FuserError,
+    LedgerError,
+    ModelAnswerError,
+    ModelLoadError,
+    NotEnoughNodesError,
+    NotRegisteredError,
+    PartyFailedError,
+    PromptTooLongError,
+    QueryError,
+    QuorumNotMetError,
+    RecoveryError,
+    SelectionError,
+    SiteFailedError,
+)
+
+__all__ = [
+    "BindingError",
+    "BudgetExceededError",
+    "CacheError",
+    "CapacityError",
+    "ConfigError",
+    "DifferencingError",
+    "EnvelopeError",
+    "ExpiredError",
+    "FedInferError",
+    "FuserError",
+    "HandleError",
+    "IncompatibleProtection",
+    "InvalidCiphertextError",
+    "InvalidScoresError",
+    "InvalidValueError",
+    "KeyAtCoordinatorError",
+    "LabelSpaceError",
+    "LedgerError",
+    "MediumRefusedError",
+    "MissingExtraError",
+    "ModelAnswerError",
+    "ModelError",
+    "ModelLoadError",
+    "NotEnoughNodesError",
+    "NotRegisteredError",
+    "PartyFailedError",
+    "PromptTooLongError",
+    "ProtectionRefusedError",
+    "ProtocolError",
+    "QueryError",
+    "QuorumNotMetError",
+    "ReceiptError",
+    "RecoveryError",
+    "ReplayError",
+    "SealError",
+    "SelectionError",
+    "SettlementError",
+    "ShapeError",
+    "SignatureError",
+    "SiteFailedError",
+    "SizeLimitError",
+    "UnknownConfigKeyError",
+    "UnknownNameError",
+    "UnsupportedVersionError",
+    "UntrustedKeyError",
+    "error_class",
+]

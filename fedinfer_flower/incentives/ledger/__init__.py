@@ -1,0 +1,1 @@
+"""The ledger: double entry, hash-chained, append-only; escrow on top of it."""

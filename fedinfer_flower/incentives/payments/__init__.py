@@ -1,0 +1,1 @@
+"""Payment rules: from contribution scores to integer micro-credits."""

@@ -1,0 +1,1 @@
+"""Eligibility gates: what may be asked at all, before anything is scored."""

@@ -1,0 +1,1 @@
+"""Rewards without opening a single answer: evidence, row sums, reveals."""

@@ -1,0 +1,1 @@
+"""How sure a joint answer is: prediction sets, calibrated confidence, abstention."""
