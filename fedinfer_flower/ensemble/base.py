@@ -70,6 +70,7 @@ class Evidence(StrEnum):
     CONFUSION = "confusion"
     AUGMENTED = "augmented"
     FAMILIARITY = "familiarity"
+    STACK = "stack"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -91,6 +92,8 @@ class SiteContext:
         Calibrated logits of augmented copies of the queries.
     familiarity : float array of shape (n_queries,), optional
         In [0, 1]: how close each query is to the site's own training data.
+    key_id : str
+        Fingerprint of the site's key: names its own part of a fitted aggregator.
     """
 
     present: npt.NDArray[np.bool_]
@@ -99,6 +102,7 @@ class SiteContext:
     confusion: Array | None = None
     augmented_tbc: Array | None = None
     familiarity: Array | None = None
+    key_id: str = ""
 
 
 _FAR_BELOW = -1e300

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from fedinfer_flower.errors import FedInferError, _walk
+from fedinfer_flower.errors import FedInferError
+from fedinfer_flower.errors.by_code import _walk
 from fedinfer_flower.privacy.legality import legality_matrix
 
 # What other packages deprecate among themselves is no fault of an example.
