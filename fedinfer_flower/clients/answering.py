@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,7 +12,14 @@ from fedinfer_flower.clients.recovering import recovery_context
 from fedinfer_flower.clients.remembered import Charged, charged_payload
 from fedinfer_flower.clients.site_memory import SiteMemory
 from fedinfer_flower.clients.site_model import SiteModel
-from fedinfer_flower.ensemble.base import Array, Disclosure, EnsembleRule, Evidence, make_rule
+from fedinfer_flower.ensemble.base import (
+    Array,
+    Disclosure,
+    EnsembleRule,
+    Evidence,
+    make_rule,
+    softmax,
+)
 from fedinfer_flower.errors import (
     BindingError,
     ExpiredError,
@@ -41,6 +49,8 @@ class Answer:
     protection : Protection
     rule : EnsembleRule
     charged : Charged
+    evidence : bytes
+        A second copy for settlement; empty where none was asked for.
     """
 
     payload: bytes
@@ -48,6 +58,7 @@ class Answer:
     protection: Protection
     rule: EnsembleRule
     charged: Charged
+    evidence: bytes = b""
 
 
 def answer_question(
@@ -95,13 +106,17 @@ def answer_question(
         plan, public_key=asked.public_key, cohort=cohort, identity=memory.identity
     )
     require_evidence(rule, asked, model)
+    settles = agreed_form(asked, protection, consent, sealed=sealed)
     context = b"" if cohort is None else recovery_context(cohort, protection, run_id=run_id)
     _admit(asked, protection, plan, context, memory)
     noisy = protection.charge(plan, 1) is not None
 
+    answered: list[Array] = []
+
     def scored(rows: Question) -> Array:
         logits = model.calibrated_logits(rows.inputs, rows.classes, neutral=noisy)
-        context = model.context(rows, rule)
+        answered.append(logits)
+        context = dataclasses.replace(model.context(rows, rule), key_id=memory.identity.key_id)
         return checked_scores(rule.score(logits, context), rows.n_queries, plan)
 
     payload, charged = charged_payload(
@@ -115,8 +130,26 @@ def answer_question(
             query_id=asked.query_id,
             identity=memory.identity,
         )
+    evidence = b""
+    if settles:
+        from fedinfer_flower.settlement.evidence import EvidenceForm, site_evidence
+
+        # Without noise every row is scored here, and once: the copy is of this very answer.
+        evidence = site_evidence(
+            EvidenceForm(settles),
+            softmax(answered[0]),
+            querier=asked.querier,
+            evidence_key=asked.evidence_key,
+            identity=memory.identity,
+            query_id=asked.query_id,
+        )
     return Answer(
-        payload=payload, width=plan.width, protection=protection, rule=rule, charged=charged
+        payload=payload,
+        width=plan.width,
+        protection=protection,
+        rule=rule,
+        charged=charged,
+        evidence=evidence,
     )
 
 
@@ -144,6 +177,27 @@ def agree(
         own_key_id=memory.identity.key_id,
     )
     return rule, protection, plan
+
+
+def agreed_form(asked: Question, protection: Protection, consent: Consent, *, sealed: bool) -> str:
+    """Return the form of the copy for settlement, if one is asked for and agreed to.
+
+    Raises
+    ------
+    ProtectionRefusedError
+        If the site does not take part in settlements.
+    IncompatibleProtection
+        If the protection would be undone by such a copy.
+    """
+    if not asked.evidence:
+        return ""
+    from fedinfer_flower.settlement.evidence import evidence_form
+
+    consent.require("settlement")
+    form = evidence_form(protection, sealed=sealed)
+    if form.value != asked.evidence:
+        raise BindingError(f"settlement under {protection.name!r} takes evidence as {form.value!r}")
+    return str(form.value)
 
 
 def require_evidence(rule: EnsembleRule, asked: Question, model: SiteModel) -> None:

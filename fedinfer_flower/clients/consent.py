@@ -12,9 +12,14 @@ from fedinfer_flower.privacy.base import Protection, ScorePlan
 from fedinfer_flower.wire.messages import Question
 from fedinfer_flower.wire.pins import read_pins
 
-__all__ = ["Consent", "OptionLimits"]
+__all__ = ["FURTHER_WORK", "Consent", "OptionLimits"]
 
 _PINS: Final = "pins.toml"
+
+FURTHER_WORK: Final = frozenset({"settlement", "stacking", "calibration"})
+"""Work beside answering, each with a disclosure of its own: a second copy of each answer, from
+which rewards are worked out; held-out rows, which other sites answer, and a share in training an
+aggregator on them; a histogram of how well the model does on them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,6 +95,8 @@ class Consent:
     max_epsilon_per_query : float, optional
         Most epsilon that the site spends on one query row; None for no limit.
     option_limits : OptionLimits
+    agrees_to : frozenset of str
+        Of `FURTHER_WORK`.
 
     Privacy
     -------
@@ -104,6 +111,21 @@ class Consent:
     require_seal: bool = False
     max_epsilon_per_query: float | None = None
     option_limits: OptionLimits = field(default_factory=OptionLimits)
+    agrees_to: frozenset[str] = frozenset()
+
+    def require(self, work: str) -> None:
+        """Refuse work that the site's owner has not agreed to.
+
+        Raises
+        ------
+        ProtectionRefusedError
+        """
+        if work not in self.agrees_to:
+            raise ProtectionRefusedError(
+                f"this site has not agreed to take part in {work}",
+                hint=f"InferenceMod(..., agrees_to=({work!r},)) at the site; read first what"
+                " that gives away",
+            )
 
     def with_pins_of(self, folder: Path) -> Consent:
         """Return this consent with the key ids of the folder's pin file, if it has one.

@@ -17,6 +17,7 @@ import numpy as np
 from fedinfer_flower.clients.adapters.base import class_name
 from fedinfer_flower.clients.consent import Consent
 from fedinfer_flower.clients.containment import contained
+from fedinfer_flower.clients.site_call import SiteCall
 from fedinfer_flower.clients.site_memory import SiteMemory
 from fedinfer_flower.clients.site_model import SiteModel
 from fedinfer_flower.encrypted_query.ckks_batch import PublicKeys
@@ -37,7 +38,7 @@ from fedinfer_flower.errors import (
 )
 from fedinfer_flower.wire.envelope import DEFAULT_LIMITS, Envelope, WireLimits
 
-__all__ = ["EncryptedPolicy", "RowLimit", "answer_encrypted"]
+__all__ = ["EncryptedPolicy", "RowLimit", "answer_encrypted", "answer_encrypted_call"]
 
 _SEE_LOG: Final = "see the site's own log"
 _ADMITTED: Final = NAME.encode()
@@ -190,6 +191,20 @@ def _converted(model: SiteModel, min_agreement: float) -> tuple[EncryptedNetwork
             local.model, rows, labels, classes=names, min_agreement=min_agreement
         )
     return network, np.asarray(rows, dtype=np.float64)
+
+
+def answer_encrypted_call(call: SiteCall) -> Envelope:
+    """Answer an encrypted query: `answer_encrypted` with what the site has."""
+    return answer_encrypted(
+        call.envelope,
+        call.load(),
+        call.consent,
+        run_id=call.run_id,
+        sender=call.sender,
+        memory=call.memory,
+        limits=call.limits,
+        policy=call.encrypted,
+    )
 
 
 def answer_encrypted(

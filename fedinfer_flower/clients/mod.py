@@ -15,8 +15,11 @@ from flwr.clientapp.typing import ClientAppCallable
 from fedinfer_flower.clients.answering import answer_question
 from fedinfer_flower.clients.consent import Consent, OptionLimits
 from fedinfer_flower.clients.containment import contained, log_locally
+from fedinfer_flower.clients.further_work import further_handler
+from fedinfer_flower.clients.mod_options import LoadModel, check_options
 from fedinfer_flower.clients.model_cache import DEFAULT_CAPACITY, get_or_load
 from fedinfer_flower.clients.recovering import answer_recovery
+from fedinfer_flower.clients.site_call import SiteCall
 from fedinfer_flower.clients.site_memory import ContextMemory, SiteMemory, home_memory
 from fedinfer_flower.clients.site_model import SiteModel, prepare
 from fedinfer_flower.clients.stating import signed_statement
@@ -25,14 +28,13 @@ from fedinfer_flower.errors import (
     ConfigError,
     EnvelopeError,
     FedInferError,
-    InvalidValueError,
     ModelAnswerError,
     ModelLoadError,
 )
 from fedinfer_flower.privacy.site_budget import BudgetPolicy
 from fedinfer_flower.query import CountsKind
 from fedinfer_flower.wire import messages
-from fedinfer_flower.wire.actions import ACTIONS, ENCRYPTED, HELLO, PREDICT, PREFIX, RECOVER
+from fedinfer_flower.wire.actions import ACTIONS, HELLO, PREDICT, PREFIX, RECOVER
 from fedinfer_flower.wire.directory import SiteCard, site_card
 from fedinfer_flower.wire.envelope import DEFAULT_LIMITS, Envelope, Kind, WireLimits
 from fedinfer_flower.wire.records import content_digest, pack, unpack
@@ -47,9 +49,6 @@ __all__ = ["InferenceMod", "inference"]
 log = logging.getLogger("fedinfer_flower.site")
 
 _SEE_LOG = "see the site's own log"
-_ENCRYPTED_QUERY = "encrypted-query"
-
-LoadModel = Callable[[Context], object]
 
 
 class InferenceMod:
@@ -93,6 +92,9 @@ class InferenceMod:
         `protections` names ``"encrypted-query"`` and the querier's key is pinned.
     receipts : bool
         Sign a statement with every answer: see `InferenceResult.receipt`.
+    agrees_to : collection of str
+        Further work that the site does when asked, of `clients.consent.FURTHER_WORK`, each
+        with a disclosure of its own. Default none.
     limits : WireLimits
         Largest messages that are read.
     max_models : int
@@ -137,37 +139,23 @@ class InferenceMod:
         budget: BudgetPolicy | None = None,
         encrypted: EncryptedPolicy | None = None,
         receipts: bool = True,
+        agrees_to: Collection[str] = (),
         limits: WireLimits = DEFAULT_LIMITS,
         max_models: int = DEFAULT_CAPACITY,
     ) -> None:
-        if not callable(load_model):
-            raise InvalidValueError("load_model is a function from Context to a model")
-        if share_counts not in CountsKind.__members__.values():
-            raise InvalidValueError(
-                f"share_counts is 'presence', 'counts' or 'withheld', not {share_counts!r}"
-            )
-        named = {
-            "protections": protections,
-            "querier_key_ids": querier_key_ids,
-            "peer_key_ids": peer_key_ids,
-        }
-        for option, given in named.items():
-            if isinstance(given, str):
-                raise InvalidValueError(f"{option} is a collection", hint="write ('he',), not 'he'")
-        if max_models < 1:
-            raise InvalidValueError("max_models is at least 1")
-        agreed = _ENCRYPTED_QUERY in (protections or ())
-        if encrypted is not None and not agreed:
-            raise ConfigError(
-                "terms for encrypted queries, which the site has not agreed to answer",
-                hint=f"name {_ENCRYPTED_QUERY!r} in protections, with all others that it answers",
-            )
-        if agreed and budget is not None:
-            raise ConfigError(
-                "a site with a privacy budget does not answer encrypted queries: no answer to"
-                " them has noise that the budget could count",
-                hint="drop the budget, or answer under dp, secagg+dp or he+dp only",
-            )
+        check_options(
+            load_model=load_model,
+            share_counts=share_counts,
+            collections={
+                "protections": protections,
+                "querier_key_ids": querier_key_ids,
+                "peer_key_ids": peer_key_ids,
+                "agrees_to": agrees_to,
+            },
+            budget=budget,
+            encrypted=encrypted,
+            max_models=max_models,
+        )
         self._load_model = load_model
         self._share_counts = CountsKind(share_counts)
         self._name = name
@@ -178,6 +166,7 @@ class InferenceMod:
             require_seal=require_seal,
             max_epsilon_per_query=max_epsilon_per_query,
             option_limits=option_limits or OptionLimits(),
+            agrees_to=frozenset(agrees_to),
         )
         self._home = home
         self._budget = budget
@@ -249,8 +238,6 @@ class InferenceMod:
             return site_card(card, sender=sender)
         if action == PREDICT and envelope.kind in (Kind.QUERY, Kind.SEALED_QUERY):
             return self._answer(envelope, context, content_digest(message.content))
-        if action == ENCRYPTED and envelope.kind is Kind.QUERY:
-            return self._answer_encrypted(envelope, context)
         if action == RECOVER and envelope.kind is Kind.RECOVER:
             with contained(ModelAnswerError, "recovery failed", hint=_SEE_LOG, pass_typed=True):
                 call = read_recovery(envelope)
@@ -258,7 +245,19 @@ class InferenceMod:
             return recovered(reply, query_id=envelope.query_id, run_id=run_id, sender=sender)
         if envelope.kind is Kind.PING:
             return Envelope(kind=Kind.PING, run_id=run_id, sender=sender)
-        raise EnvelopeError(f"action {action!r} does not take a {envelope.kind.value} envelope")
+        handler = further_handler(action, envelope.kind)
+        return handler(
+            SiteCall(
+                action=action,
+                envelope=envelope,
+                context=context,
+                consent=self._agreed(context),
+                memory=self._memory(context),
+                load=lambda: self._model(context),
+                limits=self._limits,
+                encrypted=self._encrypted,
+            )
+        )
 
     def _answer(self, envelope: Envelope, context: Context, content: bytes) -> Envelope:
         memory = self._memory(context)
@@ -304,20 +303,7 @@ class InferenceMod:
             width=answer.width,
             commitment=model.profile.commitment(),
             statement=statement,
-        )
-
-    def _answer_encrypted(self, envelope: Envelope, context: Context) -> Envelope:
-        from fedinfer_flower.clients.encrypted_answering import answer_encrypted
-
-        return answer_encrypted(
-            envelope,
-            self._model(context),
-            self._agreed(context),
-            run_id=context.run_id,
-            sender=context.node_id,
-            memory=self._memory(context),
-            limits=self._limits,
-            policy=self._encrypted,
+            evidence=answer.evidence,
         )
 
     def _memory(self, context: Context) -> SiteMemory:

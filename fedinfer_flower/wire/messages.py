@@ -79,6 +79,11 @@ class Question:
         Seconds since 1970, after which no site answers; 0.0 for never.
     relay : bool
         Whether sites seal their answers to the querier, and the coordinator adds nothing.
+    evidence : str
+        Form of a second copy of the answer, for settlement: of
+        `settlement.evidence.EvidenceForm`; empty for none.
+    evidence_key : bytes
+        The querier's public key for that copy; empty for forms without one.
 
     Privacy
     -------
@@ -102,6 +107,8 @@ class Question:
     querier: PublicIdentity | None = None
     expires_at: float = 0.0
     relay: bool = False
+    evidence: str = ""
+    evidence_key: bytes = field(default=b"", repr=False)
 
     @property
     def n_queries(self) -> int:
@@ -131,12 +138,14 @@ def question(asked: Question, *, run_id: int) -> Envelope:
             "protection-options": dict(asked.protection_options),
             "expires-at": asked.expires_at,
             "relay": asked.relay,
+            "evidence": asked.evidence,
         },
         sections=(
             ("inputs", data),
             ("public-key", asked.public_key),
             ("roster", asked.roster.to_bytes()),
             ("querier", b"" if asked.querier is None else asked.querier.to_bytes()),
+            ("evidence-key", asked.evidence_key),
         ),
     )
 
@@ -144,7 +153,7 @@ def question(asked: Question, *, run_id: int) -> Envelope:
 def read_question(envelope: Envelope, *, limits: WireLimits = DEFAULT_LIMITS) -> Question:
     """Read a question; the inputs are a read-only view of the message's bytes."""
     _require_kind(envelope, Kind.QUERY)
-    envelope.require_sections("inputs", "public-key", "roster", "querier")
+    envelope.require_sections("inputs", "public-key", "roster", "querier", "evidence-key")
     if len(envelope.shape) < 2 or not envelope.query_id:
         raise EnvelopeError("a query that is not (n_queries, ...), or has no id")
     if envelope.shape[0] > limits.max_rows:
@@ -154,6 +163,7 @@ def read_question(envelope: Envelope, *, limits: WireLimits = DEFAULT_LIMITS) ->
         meta,
         *("classes", "class-totals", "counts-kind", "sites"),
         *("rule", "rule-options", "protection", "protection-options", "expires-at", "relay"),
+        "evidence",
     )
     classes = fields.texts(meta, "classes", max_items=MAX_CLASSES)
     if not classes or len(set(classes)) != len(classes):
@@ -182,6 +192,8 @@ def read_question(envelope: Envelope, *, limits: WireLimits = DEFAULT_LIMITS) ->
         querier=PublicIdentity.from_bytes(querier) if len(querier) else None,
         expires_at=fields.number(meta, "expires-at"),
         relay=fields.flag(meta, "relay"),
+        evidence=fields.text(meta, "evidence", max_chars=16),
+        evidence_key=bytes(envelope.section("evidence-key")),
     )
 
 
@@ -194,8 +206,12 @@ def answer(
     width: int,
     commitment: str,
     statement: bytes = b"",
+    evidence: bytes = b"",
 ) -> Envelope:
-    """Build the envelope of one site's protected scores, with its signed statement."""
+    """Build the envelope of one site's protected scores, with its signed statement.
+
+    `evidence` is the copy for settlement; empty where none was asked for.
+    """
     return Envelope(
         kind=Kind.ANSWER,
         run_id=run_id,
@@ -205,7 +221,7 @@ def answer(
         shape=(asked.n_queries, width),
         codec=asked.protection,
         meta={"commitment": commitment},
-        sections=(("scores", payload), ("statement", statement)),
+        sections=(("scores", payload), ("statement", statement), ("evidence", evidence)),
     )
 
 
@@ -229,7 +245,7 @@ def read_answer(
         If the shape is not (n_queries, width).
     """
     _require_kind(envelope, Kind.ANSWER)
-    envelope.require_sections("scores", "statement")
+    envelope.require_sections("scores", "statement", "evidence")
     fields.exactly(envelope.meta, "commitment")
     check_bound(envelope, run_id=run_id, sender=sender, query_id=asked.query_id)
     if envelope.key_id != asked.key_id:
