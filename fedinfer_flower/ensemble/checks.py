@@ -278,7 +278,7 @@ def check_inputs_unchanged(rule: EnsembleRule, seed: int) -> None:
         logits.flags.writeable = False
         for site in sites:
             for array in vars(site).values():
-                if array is not None:
+                if isinstance(array, np.ndarray):
                     array.flags.writeable = False
         scores = _scores(rule, logits, sites)
         scores.flags.writeable = False

@@ -68,10 +68,21 @@ def question_template(
     public_key: bytes,
     key_id: str,
     roster: Roster,
-    **sealed: object,
+    weighed: Mapping[int, SiteProfile] | None = None,
+    **more: object,
 ) -> Question:
-    """Return the question without its rows: what stays the same over all batches."""
-    totals, kind = class_totals(profiles, classes)
+    """Return the question without its rows: what stays the same over all batches.
+
+    Parameters
+    ----------
+    profiles : mapping of int to SiteProfile
+        The sites that are asked.
+    weighed : mapping of int to SiteProfile, optional
+        Sites over which class weights are normalised, where more than those asked.
+    **more
+        Further fields of `Question`.
+    """
+    totals, kind = class_totals(profiles if weighed is None else weighed, classes)
     return Question(
         query_id="template",
         inputs=inputs[:0],
@@ -86,7 +97,7 @@ def question_template(
         public_key=public_key,
         key_id=key_id,
         roster=roster,
-        **sealed,  # type: ignore[arg-type]
+        **more,  # type: ignore[arg-type]
     )
 
 

@@ -101,8 +101,11 @@ class Querier:
         directory: Directory,
         batch_size: int = ...,
         classes: Sequence[str] | None = ...,
-        rule: str = ...,
+        rule: str | EnsembleRule = ...,
         ttl_s: float = ...,
+        weighed: Directory | None = ...,
+        evidence: bool = ...,
+        evidence_key: bytes = ...,
     ) -> SealedJob: ...
 
     @overload
@@ -123,8 +126,11 @@ class Querier:
         clear: bool = False,
         batch_size: int = 1024,
         classes: Sequence[str] | None = None,
-        rule: str = "auto",
+        rule: str | EnsembleRule = "auto",
         ttl_s: float = 3600.0,
+        weighed: Directory | None = None,
+        evidence: bool = False,
+        evidence_key: bytes = b"",
     ) -> QueryJob | SealedJob:
         """Encode queries for the coordinator, sealed to the sites of a directory.
 
@@ -139,11 +145,17 @@ class Querier:
             Queries in one message.
         classes : sequence of str, optional
             Label space of the answer; default the union of the sites' classes.
-        rule : str
+        rule : str or EnsembleRule
             Ensemble rule of a sealed job; ``"auto"`` picks by the sites' profiles. In
             clear the coordinator picks.
         ttl_s : float
             Seconds for which sites answer a sealed job.
+        weighed : Directory, optional
+            Sites over which class weights are normalised, where more than those asked.
+        evidence : bool
+            Sealed: let every site add a second copy of its answer, for a settlement.
+        evidence_key : bytes
+            Public settlement key, where the protection's copies need one.
 
         Raises
         ------
@@ -160,10 +172,10 @@ class Querier:
                 hint="ask(inputs, directory=Directory.from_bytes(...)); with clear=True the"
                 " coordinator reads the queries",
             )
-        if clear and rule != "auto":
+        if clear and (rule != "auto" or evidence):
             raise ConfigError(
-                "in clear the coordinator picks the rule, not the querier",
-                hint="FedEnsemble(rule=...), or ask under seal",
+                "in clear the coordinator picks the rule and what it collects, not the querier",
+                hint="FedEnsemble(rule=..., evidence=...), or ask under seal",
             )
         job = QueryJob(
             job_id=secrets.token_hex(16),
@@ -190,6 +202,9 @@ class Querier:
             rule=rule,
             classes=job.classes,
             ttl_s=ttl_s,
+            weighed=weighed,
+            evidence=evidence,
+            evidence_key=evidence_key,
         )
         terms = SealedTerms(
             run_id=sealed.run_id,

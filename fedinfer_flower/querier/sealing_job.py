@@ -8,12 +8,13 @@ import math
 import time
 from collections.abc import Sequence
 
-from fedinfer_flower.ensemble.base import Disclosure, make_rule
+from fedinfer_flower.ensemble.base import Disclosure, EnsembleRule, make_rule
 from fedinfer_flower.errors import InvalidValueError
 from fedinfer_flower.planning.label_space import shared_classes
 from fedinfer_flower.planning.question import choose_rule, question_template, with_batch
 from fedinfer_flower.privacy.base import KeyPair, Protection
 from fedinfer_flower.privacy.legality import require_legal
+from fedinfer_flower.settlement.evidence import evidence_form
 from fedinfer_flower.wire.directory import Directory
 from fedinfer_flower.wire.documents import QueryJob
 from fedinfer_flower.wire.envelope import encode
@@ -31,11 +32,17 @@ def sealed_job(
     identity: Identity,
     protection: Protection,
     keys: KeyPair,
-    rule: str,
+    rule: str | EnsembleRule,
     classes: Sequence[str] | None,
     ttl_s: float,
+    weighed: Directory | None = None,
+    evidence: bool = False,
+    evidence_key: bytes = b"",
 ) -> SealedJob:
     """Seal a job to every site of a directory.
+
+    Class weights are normalised over the sites of `weighed`, where more than those asked.
+    With `evidence` every site adds a second copy of its answer, for a settlement.
 
     Under a protection that shows the coordinator each site's scores, the sites seal them
     to the querier instead, and the coordinator passes them on.
@@ -59,8 +66,9 @@ def sealed_job(
             f" least {protection.min_cohort}"
         )
     profiles = dict(enumerate(card.profile for card in directory.cards))
+    asked_for = make_rule(rule) if isinstance(rule, str) and rule != "auto" else rule
     chosen, reason = choose_rule(
-        None if rule == "auto" else make_rule(rule, {}), protection, profiles
+        None if isinstance(asked_for, str) else asked_for, protection, profiles
     )
     require_legal(chosen, protection)
     # What is bound to a roster is combined elsewhere: by masks, or in an enclave.
@@ -74,6 +82,11 @@ def sealed_job(
         public_key=keys.public_key,
         key_id=keys.key_id,
         roster=directory.roster,
+        weighed=None
+        if weighed is None
+        else dict(enumerate(card.profile for card in weighed.cards)),
+        evidence=evidence_form(protection, sealed=True).value if evidence else "",
+        evidence_key=evidence_key,
     )
     template = dataclasses.replace(
         template, querier=identity.public, expires_at=time.time() + ttl_s, relay=relay

@@ -9,15 +9,20 @@ from fedinfer_flower.selection.base import (
     make_selector,
 )
 from fedinfer_flower.selection.candidate import AuditTally, Candidate, SiteRecord
+from fedinfer_flower.selection.history import SiteHistory
+from fedinfer_flower.selection.plan import QueryPlan, plan_query
 
 __all__ = [
     "SELECTORS",
     "AuditTally",
     "Candidate",
+    "QueryPlan",
     "Selection",
     "SelectionNeed",
     "Selector",
     "SiteEvidence",
+    "SiteHistory",
     "SiteRecord",
     "make_selector",
+    "plan_query",
 ]

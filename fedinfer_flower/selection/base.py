@@ -24,6 +24,8 @@ from fedinfer_flower.errors import InvalidValueError, SelectionError
 from fedinfer_flower.query import SiteId
 from fedinfer_flower.registry import Registry
 from fedinfer_flower.selection.candidate import Candidate
+from fedinfer_flower.selection.lots import lots
+from fedinfer_flower.selection.purse import Purse
 
 __all__ = [
     "SELECTORS",
@@ -202,8 +204,7 @@ class Selector(ABC):
             If fewer than ``need.at_least`` fit.
         """
         scores = self.score(candidates, need)
-        lots = np.random.default_rng(need.seed).random(len(candidates))
-        order = np.lexsort((lots, -scores))
+        order = np.lexsort((lots(candidates, need.seed), -scores))
         return self.within_limits(candidates, need, [int(k) for k in order], scores)
 
     def within_limits(
@@ -218,6 +219,9 @@ class Selector(ABC):
     ) -> Selection:
         """Return a selection of the first candidates of an order that fit count and budget.
 
+        A dear site is passed over where the money left would not buy the rest of
+        ``need.at_least``.
+
         Parameters
         ----------
         order : sequence of int
@@ -230,16 +234,17 @@ class Selector(ABC):
         SelectionError
             If fewer than ``need.at_least`` fit.
         """
+        purse = Purse(
+            [need.cost(candidates[place]) for place in order],
+            budget=need.budget,
+            at_least=need.at_least,
+            at_most=need.room(len(candidates)),
+        )
         chosen: list[int] = []
-        spent = 0.0
-        for place in order:
-            if len(chosen) == need.room(len(candidates)):
-                break
-            price = need.cost(candidates[place])
-            if need.budget is not None and spent + price > need.budget * (1 + 1e-12):
-                continue
-            chosen.append(place)
-            spent += price
+        for rank, place in enumerate(order):
+            if purse.fits(rank):
+                purse.take(rank)
+                chosen.append(place)
         if len(chosen) < need.at_least:
             raise SelectionError(
                 f"selector {self.name!r} finds {len(chosen)} of {len(candidates)} sites within"

@@ -18,6 +18,7 @@ _PREFIX: Final = "fedinfer."
 _STRATEGY_KEYS: Final = (
     "fraction_query",
     "min_query_nodes",
+    "evidence",
     "min_available_nodes",
     "patience_s",
     "batch_size",
@@ -30,6 +31,8 @@ class InferConfig:
     """The ``fedinfer.*`` keys of a Flower app.
 
     Options of the protection are keys too: ``fedinfer.epsilon``, ``fedinfer.scheme``.
+    ``fedinfer.gates`` names several with commas between; 0 is no limit for
+    ``fedinfer.max-query-nodes`` and ``fedinfer.budget``.
 
     Examples
     --------
@@ -49,6 +52,11 @@ class InferConfig:
     quorum: int = 1
     fraction_query: float = 1.0
     min_query_nodes: int = 1
+    max_query_nodes: int = 0
+    selector: str = ""
+    gates: str = ""
+    budget: float = 0.0
+    evidence: bool = False
     min_available_nodes: int = 0
     patience_s: float = 60.0
     batch_size: int = 1024
@@ -92,6 +100,10 @@ class InferConfig:
             "rule": self.rule,
             "protection": make_protection(self.protection, self.protection_options),
             "deadline": Deadline(timeout_s=self.timeout_s, quorum=self.quorum),
+            "max_query_nodes": self.max_query_nodes or None,
+            "selector": self.selector or None,
+            "gates": tuple(name.strip() for name in self.gates.split(",") if name.strip()),
+            "budget": self.budget or None,
         } | {name: getattr(self, name) for name in _STRATEGY_KEYS}
 
 

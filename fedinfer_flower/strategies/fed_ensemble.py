@@ -6,29 +6,24 @@ import dataclasses
 import logging
 import time
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from flwr.app import Message
 from flwr.serverapp import Grid
 
-from fedinfer_flower.ensemble.base import EnsembleRule, make_rule
-from fedinfer_flower.errors import (
-    ConfigError,
-    FedInferError,
-    InvalidValueError,
-)
+from fedinfer_flower.errors import ConfigError, FedInferError
 from fedinfer_flower.planning.question import with_batch
-from fedinfer_flower.privacy.base import Protection, make_protection
-from fedinfer_flower.privacy.legality import require_legal
-from fedinfer_flower.query import Deadline, QueryReport
+from fedinfer_flower.query import QueryReport
 from fedinfer_flower.receipts.statement import SignedStatement
-from fedinfer_flower.strategies.base import InferenceStrategy, Progress
-from fedinfer_flower.strategies.cohort import choose_cohort
-from fedinfer_flower.strategies.config import InferConfig
+from fedinfer_flower.selection.plan import QueryPlan
+from fedinfer_flower.settlement.book import EvidenceBook
+from fedinfer_flower.strategies.base import Progress
+from fedinfer_flower.strategies.choosing import Chosen
+from fedinfer_flower.strategies.ensemble_settings import EnsembleSettings
+from fedinfer_flower.strategies.job_result import new_book, result_of, seconds_of
 from fedinfer_flower.strategies.onboarding import Onboarding, onboard, wait_for_nodes
-from fedinfer_flower.strategies.opening import job_for, open_here, secret_is_here
+from fedinfer_flower.strategies.opening import LocalQuerier, job_for, secret_is_here
 from fedinfer_flower.strategies.preparing import Prepared, prepare_job
 from fedinfer_flower.strategies.pull_loop import Arrival, stream_replies
 from fedinfer_flower.strategies.query_round import QueryRound
@@ -38,12 +33,10 @@ from fedinfer_flower.strategies.sealed import (
     batches_of,
     n_queries_of,
 )
-from fedinfer_flower.strategies.settling import receipt_of
 from fedinfer_flower.wire import messages
 from fedinfer_flower.wire.actions import PREDICT, message_type
 from fedinfer_flower.wire.directory import Directory, SiteCard
-from fedinfer_flower.wire.documents import CombinedAnswer, CombinedBatch, QueryJob
-from fedinfer_flower.wire.envelope import DEFAULT_LIMITS, WireLimits
+from fedinfer_flower.wire.documents import CombinedBatch, QueryJob
 from fedinfer_flower.wire.records import content_digest, pack
 from fedinfer_flower.wire.sealed_job import SealedBatch, SealedJob
 from fedinfer_flower.wire.sealed_query import sealed_query_envelope
@@ -53,7 +46,7 @@ __all__ = ["FedEnsemble"]
 log = logging.getLogger("fedinfer_flower.coordinator")
 
 
-class FedEnsemble(InferenceStrategy):
+class FedEnsemble(EnsembleSettings):
     """Combine the sites' answers by an ensemble rule, under a protection.
 
     Parameters
@@ -66,8 +59,16 @@ class FedEnsemble(InferenceStrategy):
         Seconds and quorum of one batch.
     fraction_query : float
         Share of the onboarded sites that are asked.
-    min_query_nodes : int
-        Fewest sites to ask, whatever the fraction.
+    min_query_nodes, max_query_nodes : int
+        Fewest and most sites to ask.
+    selector, gates : optional
+        Pick among the onboarded sites, by name or object; see `fedinfer_flower.selection`.
+    history : SiteHistory, optional
+        What is remembered of the sites; their latencies are added to it.
+    budget : float, optional
+        Most credits for all queries of a job, at the sites' prices.
+    evidence : bool
+        Collect a second copy of each answer for settlement: `InferenceResult.evidence`.
     min_available_nodes : int
         Nodes to wait for before onboarding. With 0, wait until no more are joining, and
         for at least two.
@@ -102,48 +103,7 @@ class FedEnsemble(InferenceStrategy):
     '├── rule: median'
     """
 
-    def __init__(
-        self,
-        *,
-        rule: str | EnsembleRule = "auto",
-        protection: str | Protection = "plain",
-        deadline: Deadline | None = None,
-        fraction_query: float = 1.0,
-        min_query_nodes: int = 1,
-        min_available_nodes: int = 0,
-        patience_s: float = 60.0,
-        batch_size: int = 1024,
-        classes: tuple[str, ...] | list[str] | None = None,
-        allow_coordinator_key: bool = False,
-        limits: WireLimits = DEFAULT_LIMITS,
-    ) -> None:
-        self.protection = (
-            make_protection(protection, {}) if isinstance(protection, str) else protection
-        )
-        self.rule: EnsembleRule | None
-        if isinstance(rule, str):
-            self.rule = None if rule == "auto" else make_rule(rule, {})
-        else:
-            self.rule = rule
-        if self.rule is not None:
-            require_legal(self.rule, self.protection)
-        if not 0.0 < fraction_query <= 1.0:
-            raise InvalidValueError(f"fraction_query is in (0, 1], got {fraction_query}")
-        if min(min_query_nodes, batch_size) < 1 or min_available_nodes < 0:
-            raise InvalidValueError(
-                "min_query_nodes and batch_size are at least 1, min_available_nodes at least 0"
-            )
-        if classes is not None and (not classes or len(set(classes)) != len(classes)):
-            raise InvalidValueError("classes are at least one, and none twice")
-        self.deadline = deadline or Deadline()
-        self.fraction_query = fraction_query
-        self.min_query_nodes = min_query_nodes
-        self.min_available_nodes = min_available_nodes
-        self.patience_s = patience_s
-        self.batch_size = batch_size
-        self.classes = None if classes is None else tuple(str(c) for c in classes)
-        self.allow_coordinator_key = allow_coordinator_key
-        self.limits = limits
+    def _reset(self) -> None:
         self._run_id = 0
         self._cards: dict[int, SiteCard] = {}
         self._failures: dict[int, FedInferError] = {}
@@ -153,29 +113,16 @@ class FedEnsemble(InferenceStrategy):
         self._statements: list[SignedStatement] = []
         self._request_bytes = 0
         self._key_here = False
-
-    @classmethod
-    def from_run_config(cls, run_config: Mapping[str, Any], **overrides: Any) -> FedEnsemble:
-        """Build from the ``fedinfer.*`` keys of ``[tool.flwr.app.config]``.
-
-        Parameters
-        ----------
-        run_config : mapping
-            ``context.run_config``. Keys without the prefix are the app's own.
-        **overrides
-            Arguments of the constructor that the app fixes itself.
-
-        Raises
-        ------
-        UnknownConfigKeyError
-            For a ``fedinfer.*`` key that nothing reads, with "did you mean".
-        """
-        return cls(**(InferConfig.from_run_config(run_config).strategy_arguments() | overrides))
+        self._chosen: Chosen | None = None
+        self._book: EvidenceBook | None = None
 
     # -- the verbs ---------------------------------------------------------------------
 
-    def configure_onboarding(self, grid: Grid, run_id: int) -> Onboarding:
-        """Wait for nodes, collect their profiles, and choose whom to ask."""
+    def configure_onboarding(self, grid: Grid, run_id: int, *, n_queries: int = 1) -> Onboarding:
+        """Wait for nodes, collect their profiles, and choose whom to ask.
+
+        `n_queries` is what a budget has to cover.
+        """
         node_ids = wait_for_nodes(
             grid,
             at_least=self.min_available_nodes or max(2, self.protection.min_cohort),
@@ -190,22 +137,38 @@ class FedEnsemble(InferenceStrategy):
             limits=self.limits,
         )
         self._run_id, self._failures = run_id, onboarding.failures
-        self._cards = choose_cohort(
+        self._cards, self._chosen = self.choosing.choose(
             onboarding.cards,
             onboarding.failures,
-            fraction=self.fraction_query,
-            at_least=max(self.min_query_nodes, self.protection.min_cohort, self.deadline.quorum),
+            **self.needs_of(n_queries, seed=self._run_id % 2**32),
         )
         self._onboarded = onboarding
         return onboarding
 
-    def directory(self, grid: Grid) -> Directory:
+    def directory(self, grid: Grid, *, n_queries: int = 1) -> Directory:
         """Onboard the sites and return their signed cards, for a querier elsewhere.
 
-        `start` then asks these sites, in the same run.
+        `start` then asks these sites, in the same run. `n_queries` is what a budget has to
+        cover.
         """
-        self.configure_onboarding(grid, _run_id(grid))
+        self.configure_onboarding(grid, _run_id(grid), n_queries=n_queries)
         return Directory(run_id=self._run_id, cards=tuple(self._cards.values()))
+
+    @property
+    def chosen(self) -> Chosen | None:
+        """What the selector chose at onboarding, and from what; None without one."""
+        return self._chosen
+
+    @property
+    def cohort(self) -> dict[int, SiteCard]:
+        """The sites that were chosen at onboarding, by node id."""
+        return dict(self._cards)
+
+    def plan(self, grid: Grid, *, n_queries: int) -> QueryPlan:
+        """Return whom `start` would ask, why, and at what cost; only profiles are fetched."""
+        self.configure_onboarding(grid, _run_id(grid), n_queries=n_queries)
+        needs = self.needs_of(n_queries, seed=self._run_id % 2**32)
+        return (self._chosen or self.choosing.plan(self._cards, **needs)).plan
 
     def configure_query(
         self, query_id: str, inputs: npt.NDArray[np.generic] | SealedBatch
@@ -237,6 +200,7 @@ class FedEnsemble(InferenceStrategy):
             cards=prepared.cards,
             failures=prepared.failures,
             limits=self.limits,
+            book=self._book,
         )
         self._request_bytes = sum(len(data) for _, data in envelope.sections)
         return [
@@ -299,19 +263,57 @@ class FedEnsemble(InferenceStrategy):
         log.info("%s", self.summary())
         run_id = _run_id(grid)
         if self._onboarded is None or self._run_id != run_id:
-            self.configure_onboarding(grid, run_id)
+            self.configure_onboarding(grid, run_id, n_queries=n_queries_of(job))
         onboarding, self._onboarded = self._onboarded, None
+        result = self.ask_cohort(
+            grid,
+            job,
+            querier,
+            cards=self._cards,
+            all_cards=self._cards if onboarding is None else onboarding.cards,
+            onboarding_s=0.0 if onboarding is None else onboarding.seconds,
+            progress=progress,
+        )
+        log.info("%s", result.summary())
+        return result
+
+    def ask_cohort(
+        self,
+        grid: Grid,
+        job: QueryJob | SealedJob,
+        querier: LocalQuerier | None,
+        *,
+        cards: Mapping[int, SiteCard],
+        all_cards: Mapping[int, SiteCard],
+        weighed: Mapping[int, SiteCard] | None = None,
+        onboarding_s: float = 0.0,
+        progress: Progress | None = None,
+    ) -> InferenceResult:
+        """Ask a job of given sites; `start` after onboarding.
+
+        Parameters
+        ----------
+        querier : Querier, optional
+            Whoever opens the answer here.
+        cards, all_cards : mapping of node id to SiteCard
+            Those to ask, and all that a sealed job may name.
+        weighed : mapping of node id to SiteCard, optional
+            Sites over which class weights are normalised; default those that are asked.
+        """
         prepared = self._prepared = prepare_job(
             job,
             rule=self.rule,
             protection=self.protection,
             classes=self.classes,
-            cards=self._cards,
-            all_cards=self._cards if onboarding is None else onboarding.cards,
+            cards=cards,
+            all_cards=all_cards,
             failures=self._failures,
-            run_id=run_id,
+            run_id=self._run_id,
+            weighed=weighed,
+            evidence=self.evidence,
         )
         self._statements = []
+        self._book = new_book(job, self.protection) if self.evidence else None
         batches: list[CombinedBatch] = []
         reports: list[QueryReport] = []
         for query_id, inputs in batches_of(job):
@@ -320,51 +322,19 @@ class FedEnsemble(InferenceStrategy):
             reports.append(report)
             if progress is not None:
                 progress(sum(b.n_queries for b in batches), n_queries_of(job))
-        combined = CombinedAnswer(
-            job_id=job.job_id,
-            rule=prepared.rule.name,
-            protection=self.protection.name,
-            rule_options=prepared.rule.options(),
-            protection_options=self.protection.options(),
-            classes=prepared.template.classes,
-            n_sites_asked=prepared.template.n_sites,
-            key_id=job.key_id,
-            batches=tuple(batches),
-            roster=prepared.template.roster,
-            relayed=prepared.template.relay,
-        )
-        result = InferenceResult(
-            combined=combined,
-            reports=tuple(reports),
-            profiles={n: card.profile for n, card in prepared.cards.items()},
-            prediction=open_here(querier, combined),
-            onboarding_s=0.0 if onboarding is None else onboarding.seconds,
-            receipt=receipt_of(
-                self._statements,
-                tuple(reports),
-                prepared.cards,
-                key_at_coordinator=self._key_here,
-                roster=combined.roster,
-            ),
-        )
-        log.info("%s", result.summary())
-        return result
-
-    def summary(self) -> str:
-        """Return a tree of the strategy's settings."""
-        rule = "auto" if self.rule is None else self.rule.name
-        online = self.min_available_nodes or "all"
-        options = ", ".join(f"{k}={v}" for k, v in self.protection.options().items())
-        return "\n".join(
-            [
-                "FedEnsemble",
-                f"├── rule: {rule}",
-                f"├── protection: {self.protection.name}{f' ({options})' if options else ''}",
-                f"├── deadline: {self.deadline.timeout_s:g} s, quorum {self.deadline.quorum}",
-                f"├── sites: fraction {self.fraction_query:g},"
-                f" at least {self.min_query_nodes} asked, {online} online",
-                f"└── batch: {self.batch_size} queries a message",
-            ]
+        self.choosing.remember(prepared.cards, seconds_of(reports))
+        return result_of(
+            job,
+            prepared,
+            batches,
+            reports,
+            protection=self.protection,
+            querier=querier,
+            statements=self._statements,
+            key_here=self._key_here,
+            onboarding_s=onboarding_s,
+            plan=None if self._chosen is None else self._chosen.plan,
+            book=self._book,
         )
 
     def _run_batch(

@@ -23,7 +23,10 @@ from fedinfer_flower.wire.sealed_job import SealedJob
 if TYPE_CHECKING:
     from fedinfer_flower.strategies.fed_ensemble import FedEnsemble
 
-__all__ = ["job_for", "open_here", "secret_is_here"]
+__all__ = ["LocalQuerier", "job_for", "open_here", "secret_is_here"]
+
+LocalQuerier = Querier
+"""A querier in the coordinator's own process."""
 
 
 def job_for(

@@ -19,6 +19,7 @@ from fedinfer_flower.query import (
     SiteStatus,
 )
 from fedinfer_flower.receipts.statement import SignedStatement, cohort_digest
+from fedinfer_flower.settlement.book import EvidenceBook
 from fedinfer_flower.strategies.onboarding import read_arrival
 from fedinfer_flower.strategies.pull_loop import Arrival
 from fedinfer_flower.strategies.relaying import RelaySide
@@ -53,6 +54,8 @@ class QueryRound:
     failures : mapping of node id to FedInferError
         Sites that could not be onboarded: they count as missing.
     limits : WireLimits
+    book : EvidenceBook, optional
+        Takes the second copies of answers.
     """
 
     def __init__(
@@ -68,6 +71,7 @@ class QueryRound:
         cards: Mapping[int, SiteCard],
         failures: Mapping[int, FedInferError],
         limits: WireLimits,
+        book: EvidenceBook | None = None,
     ) -> None:
         self.asked, self.content = asked, content
         self.n_queries = n_queries
@@ -77,6 +81,7 @@ class QueryRound:
         self.reply_bytes = protection.payload_bytes(self.plan, n_queries)
         self._rule, self._rule_reason, self._protection = rule, rule_reason, protection
         self._run_id, self._cards, self._limits = run_id, cards, limits
+        self._book = book
         self._nodes = {card.key_id: node_id for node_id, card in cards.items()}
         cohort = (
             Cohort(
@@ -140,12 +145,29 @@ class QueryRound:
         else:
             if statement is not None:
                 self.statements.append(statement)
+            self._keep_evidence(envelope, node_id)
             self._record(
                 node_id,
                 SiteStatus.ANSWERED,
                 payload_bytes=len(payload),
                 seconds=arrival.seconds,
             )
+
+    def _keep_evidence(self, envelope: Envelope, node_id: int) -> None:
+        """Note the second copy of an answer; without a good one the site earns nothing."""
+        if self._book is None:
+            return
+        card = self._cards[node_id]
+        try:
+            self._book.add(
+                self.asked.query_id,
+                card.key_id,
+                bytes(envelope.section("evidence")),
+                n_queries=self.n_queries,
+                n_classes=len(self.asked.classes),
+            )
+        except FedInferError as exc:
+            log.warning("%s", exc.at_site(card.profile.name))
 
     def _statement(
         self, envelope: Envelope, node_id: int, payload: bytes | memoryview

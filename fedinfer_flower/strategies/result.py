@@ -9,6 +9,8 @@ from typing import Any
 from fedinfer_flower.errors import MissingExtraError
 from fedinfer_flower.query import Prediction, QueryReport, SiteProfile, SiteStatus
 from fedinfer_flower.receipts.receipt import Receipt
+from fedinfer_flower.selection.plan import QueryPlan
+from fedinfer_flower.settlement.book import EvidenceBook
 from fedinfer_flower.wire.documents import CombinedAnswer
 
 __all__ = ["InferenceResult"]
@@ -33,6 +35,10 @@ class InferenceResult:
         Seconds that onboarding took, before the first batch.
     receipt : Receipt, optional
         What the sites signed about their answers; `fedinfer verify` checks it offline.
+    plan : QueryPlan, optional
+        Who was picked, and why, where a selector did it.
+    evidence : EvidenceBook, optional
+        Second copies of the answers, for a settlement, where they were collected.
     """
 
     combined: CombinedAnswer
@@ -41,6 +47,8 @@ class InferenceResult:
     prediction: Prediction | None = None
     onboarding_s: float = 0.0
     receipt: Receipt | None = None
+    plan: QueryPlan | None = None
+    evidence: EvidenceBook | None = None
 
     @property
     def degraded(self) -> bool:

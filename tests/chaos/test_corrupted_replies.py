@@ -63,6 +63,10 @@ N_QUERIES, CLASSES = 4, ("a", "b", "c")
 CANARY = "CANARY-7f3a"
 
 
+def _sections(scores: bytes, statement: bytes = b"") -> tuple[tuple[str, bytes], ...]:
+    return (("scores", scores), ("statement", statement), ("evidence", b""))
+
+
 class Chaos:
     """One protection, one question, honest payloads, and ways to spoil a reply."""
 
@@ -206,18 +210,11 @@ class Chaos:
             "wrong run": {"run_id": rng.randrange(2**48)},
             "wrong sender": {"sender": (good.sender + rng.randrange(1, N_BAD)) % 2**32},
             "wrong kind": {"kind": rng.choice([k for k in Kind if k is not Kind.ANSWER])},
-            "impossible scores": {
-                "sections": (("scores", self._impossible(payload)), ("statement", b""))
-            },
+            "impossible scores": {"sections": _sections(self._impossible(payload))},
             "wrong payload length": {
-                "sections": (
-                    ("scores", rng.choice([payload[:-1], payload + b"\0", b"", 2 * payload])),
-                    ("statement", b""),
-                )
+                "sections": _sections(rng.choice([payload[:-1], payload + b"\0", b"", 2 * payload]))
             },
-            "odd statement": {
-                "sections": (("scores", payload), ("statement", rng.randbytes(rng.randint(1, 300))))
-            },
+            "odd statement": {"sections": _sections(payload, rng.randbytes(rng.randint(1, 300)))},
             "extra section": {"sections": (*good.sections, ("weights", rng.randbytes(4)))},
             "other section": {"sections": (("score", payload), ("statement", b""))},
         }

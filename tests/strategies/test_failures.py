@@ -178,15 +178,24 @@ def changed(**changes):
 def nan_scores(message, context, handle):
     envelope = unpack(handle(message, context).content)
     payload = np.full(envelope.shape, np.nan, dtype="<f4").tobytes()
-    sections = (("scores", payload), ("statement", b""))
+    sections = (("scores", payload), ("statement", b""), ("evidence", b""))
     return Message(pack(dataclasses.replace(envelope, sections=sections)), reply_to=message)
 
 
 def scores_other_than_stated(message, context, handle):
     envelope = unpack(handle(message, context).content)
     payload = np.zeros(envelope.shape, dtype="<f4").tobytes()
-    sections = (("scores", payload), ("statement", envelope.section("statement")))
+    sections = (
+        ("scores", payload),
+        ("statement", envelope.section("statement")),
+        ("evidence", b""),
+    )
     return Message(pack(dataclasses.replace(envelope, sections=sections)), reply_to=message)
+
+
+def answered(scores, statement=b""):
+    """Return the sections of an answer."""
+    return (("scores", scores), ("statement", statement), ("evidence", b""))
 
 
 FAULTS = {
@@ -202,10 +211,10 @@ FAULTS = {
     "other protection": (changed(codec="dp"), "FI303"),
     "changed profile": (changed(meta={"commitment": "c" * 64}), "FI303"),
     "other shape": (changed(shape=(12, 5)), "FI304"),
-    "too few bytes": (changed(sections=(("scores", b"abc"), ("statement", b""))), "FI304"),
+    "too few bytes": (changed(sections=answered(b"abc")), "FI304"),
     "not finite": (nan_scores, "FI306"),
     "no statement section": (changed(sections=(("scores", b"abc"),)), "FI301"),
-    "statement that is none": (changed(sections=(("scores", b""), ("statement", b"x"))), "FI301"),
+    "statement that is none": (changed(sections=answered(b"", b"x")), "FI301"),
     "scores other than stated": (scores_other_than_stated, "FI303"),
     "kind of another verb": (changed(kind=Kind.PING, meta={}), "FI301"),
 }
@@ -217,7 +226,7 @@ MASKED_FAULTS = {
 }
 MASKED_FAULTS["scores other than stated"] = (scores_other_than_stated, "FI303")
 MASKED_FAULTS["masked vector cut"] = (
-    changed(sections=(("scores", b"FMA1" + bytes(32)), ("statement", b""))),
+    changed(sections=answered(b"FMA1" + bytes(32))),
     "FI301",
 )
 
