@@ -32,6 +32,7 @@ __all__ = [
     "LinearScheme",
     "PublicFacts",
     "Sight",
+    "likeliest",
     "make_scheme",
 ]
 
@@ -51,10 +52,31 @@ class Sight(StrEnum):
     """Each site's own answer to each audit query."""
 
 
+def _no_labels(scheme: str) -> InvalidValueError:
+    return InvalidValueError(
+        f"scheme {scheme!r} needs the labels of the audit queries",
+        hint="mix audit queries with known labels among the others",
+    )
+
+
 def _frozen(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
     view = np.asarray(array).view()
     view.flags.writeable = False
     return view
+
+
+def likeliest(totals: Array) -> IntArray:
+    """Return the class with the largest total along the last axis; the first of equal ones.
+
+    Totals are compared to nine digits, so that the order in which sites were added up does
+    not decide a tie.
+
+    Examples
+    --------
+    >>> likeliest(np.array([[0.1 + 0.2, 0.3], [0.2, 0.8]]))
+    array([0, 1])
+    """
+    return np.asarray(np.round(totals, 9).argmax(axis=-1), dtype=np.int64)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -102,7 +124,19 @@ class PublicFacts:
         """Return the labels; where there are none, the joint answer to each query."""
         if self.labels is not None:
             return self.labels
-        return np.asarray(self.total_tc.argmax(axis=1), dtype=np.int64)
+        return likeliest(self.total_tc)
+
+    def require_labels(self, scheme: str) -> IntArray:
+        """Return the labels.
+
+        Raises
+        ------
+        InvalidValueError
+            If there are none.
+        """
+        if self.labels is None:
+            raise _no_labels(scheme)
+        return self.labels
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -165,7 +199,7 @@ class AuditedAnswers:
 
     def votes(self) -> IntArray:
         """Return each site's likeliest class, shape (n_sites, n_queries)."""
-        return np.asarray(self.probabilities_ktc.argmax(axis=-1), dtype=np.int64)
+        return likeliest(self.probabilities_ktc)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -231,10 +265,7 @@ class ContributionScheme(ABC):
             If labels are missing, or there are too many sites.
         """
         if self.needs_labels and answers.labels is None:
-            raise InvalidValueError(
-                f"scheme {self.name!r} needs the labels of the audit queries",
-                hint="mix audit queries with known labels among the others",
-            )
+            raise _no_labels(self.name)
         if self.max_sites is not None and answers.n_sites > self.max_sites:
             raise InvalidValueError(
                 f"scheme {self.name!r} is for at most {self.max_sites} sites, got"

@@ -16,7 +16,7 @@ from fedinfer_flower.querier.querier import Querier
 from fedinfer_flower.query import Prediction, SiteId
 from fedinfer_flower.selection.base import Selection, SelectionNeed, Selector, make_selector
 from fedinfer_flower.selection.candidate import Candidate
-from fedinfer_flower.selection.sequential import SequentialSelector
+from fedinfer_flower.selection.sequential_selector import SequentialSelector
 from fedinfer_flower.wire.directory import Directory
 from fedinfer_flower.wire.documents import CombinedAnswer
 from fedinfer_flower.wire.sealed_job import SealedJob

@@ -19,9 +19,10 @@ from fedinfer_flower.query import SiteId
 from fedinfer_flower.selection.base import SELECTORS, Array, Selection, SelectionNeed
 from fedinfer_flower.selection.candidate import Candidate
 from fedinfer_flower.selection.cascade_policy import NOBODY, CascadePolicy
-from fedinfer_flower.selection.sequential import DONE, IntArray, SequentialSelector, Standing
+from fedinfer_flower.selection.sequential import DONE, IntArray, Standing
 from fedinfer_flower.selection.sequential_bound import group_shares
 from fedinfer_flower.selection.sequential_groups import grouped, own_coverage, split_groups
+from fedinfer_flower.selection.sequential_selector import SequentialSelector
 
 __all__ = ["Cascade", "CascadeRoute"]
 

@@ -22,15 +22,10 @@ from fedinfer_flower.selection.base import (
     SelectionNeed,
 )
 from fedinfer_flower.selection.candidate import Candidate
-from fedinfer_flower.selection.sequential import (
-    DONE,
-    BoolArray,
-    IntArray,
-    SequentialSelector,
-    Standing,
-)
+from fedinfer_flower.selection.sequential import DONE, BoolArray, IntArray, Standing
 from fedinfer_flower.selection.sequential_bound import remaining_bound
 from fedinfer_flower.selection.sequential_groups import grouped, own_coverage
+from fedinfer_flower.selection.sequential_selector import SequentialSelector
 
 __all__ = ["STOPS", "EarlyExit", "MarginRoute"]
 

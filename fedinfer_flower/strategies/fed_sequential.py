@@ -16,7 +16,8 @@ from fedinfer_flower.planning.question import choose_rule
 from fedinfer_flower.query import Prediction, SiteId
 from fedinfer_flower.selection.base import Selector, make_selector
 from fedinfer_flower.selection.plan import QueryPlan
-from fedinfer_flower.selection.sequential import SequentialAnswer, SequentialSelector
+from fedinfer_flower.selection.sequential import SequentialAnswer
+from fedinfer_flower.selection.sequential_selector import SequentialSelector
 from fedinfer_flower.strategies.choosing import Choosing
 from fedinfer_flower.strategies.fed_ensemble import FedEnsemble
 from fedinfer_flower.strategies.opening import job_for, secret_is_here

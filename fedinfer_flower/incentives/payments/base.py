@@ -83,6 +83,24 @@ class PaymentRule(ABC):
         """Return the options that make the same rule elsewhere; see `make_payment`."""
         return dataclasses.asdict(self)
 
+    def check(self, scores: Array, fee: int, stakes: tuple[int, ...] | None = None) -> None:
+        """Refuse scores, a fee or stakes that nobody could be paid by.
+
+        Raises
+        ------
+        InvalidValueError
+            If scores are not finite, amounts negative or lengths different.
+        """
+        if scores.ndim != 1 or not len(scores) or not np.isfinite(scores).all():
+            raise InvalidValueError(
+                f"payment rule {self.name!r} takes one finite score a site",
+                hint="leave out sites that were not scored",
+            )
+        if fee < 0 or any(stake < 0 for stake in stakes or ()):
+            raise InvalidValueError("a fee and stakes are micro-credits, not negative")
+        if stakes is not None and len(stakes) != len(scores):
+            raise InvalidValueError(f"{len(stakes)} stakes for {len(scores)} sites")
+
     @abstractmethod
     def pay(self, scores: Array, *, fee: int, stakes: tuple[int, ...] | None = None) -> Payout:
         """Split a fee.
@@ -102,7 +120,7 @@ def apportion(weights: Array, amount: int) -> tuple[int, ...]:
     """Split an amount in proportion to weights, exactly, by largest remainder.
 
     All-zero weights split equally. Micro-credits that are left over go to the largest
-    remainders, and between equal ones to the first.
+    remainders, and between equal ones to the first. A larger weight never gets less.
 
     Examples
     --------
@@ -113,16 +131,17 @@ def apportion(weights: Array, amount: int) -> tuple[int, ...]:
         raise InvalidValueError("weights are one number for each site")
     if not (np.isfinite(weights).all() and (weights >= 0.0).all()) or amount < 0:
         raise InvalidValueError("weights and amount are finite and not negative")
-    largest = float(weights.max())
-    # Divided by the largest first: a sum of very small or very large weights stays finite.
-    scaled = weights / largest if largest > 0.0 else np.ones_like(weights)
-    exact = scaled / scaled.sum() * amount
-    whole = np.floor(exact).astype(np.int64)
-    left = amount - int(whole.sum())
-    order = np.argsort(-(exact - whole), kind="stable")
-    paid = [int(n) for n in whole]
-    for place in range(abs(left)):
-        paid[int(order[place % len(paid)])] += 1 if left > 0 else -1
+    # Integers, not floats: a sum of money beyond 2^53 would lose its last digits, and sums
+    # of very small or very large weights would vanish or overflow.
+    ratios = [float(w).as_integer_ratio() for w in weights]
+    common = max(denominator for _, denominator in ratios)  # all are powers of two
+    parts = [numerator * (common // denominator) for numerator, denominator in ratios]
+    parts = parts if any(parts) else [1] * len(parts)
+    whole, remainders = zip(*(divmod(part * amount, sum(parts)) for part in parts), strict=True)
+    paid = list(whole)
+    order = sorted(range(len(parts)), key=lambda k: (-remainders[k], k))
+    for k in order[: amount - sum(whole)]:
+        paid[k] += 1
     return tuple(paid)
 
 
