@@ -140,7 +140,7 @@ ALLOWED = {
     "uncertainty": {"errors", "registry", "query", "ensemble", "privacy", "wire"},
     "encrypted_query": {"errors", "registry", "query", "ensemble", "privacy", "wire"},
     "split": {"errors", "query", "ensemble", "privacy", "querier", "wire"},
-    "planning": {"errors", "registry", "query", "ensemble", "privacy", "wire"},
+    "planning": {"errors", "registry", "query", "ensemble", "privacy", "wire", "selection"},
     "kv": {"errors", "registry"},
     "language": {"errors", "registry", "kv"},
     "refine": {"errors", "registry", "kv", "language"},

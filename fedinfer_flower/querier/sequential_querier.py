@@ -12,6 +12,7 @@ from fedinfer_flower.ensemble.base import EnsembleRule, make_rule
 from fedinfer_flower.errors import BindingError, ConfigError, InvalidValueError
 from fedinfer_flower.planning.label_space import class_totals, shared_classes
 from fedinfer_flower.planning.question import choose_rule
+from fedinfer_flower.planning.rounding import require_exact, rounding
 from fedinfer_flower.querier.querier import Querier
 from fedinfer_flower.query import Prediction, SiteId
 from fedinfer_flower.selection.base import Selection, SelectionNeed, Selector, make_selector
@@ -68,6 +69,7 @@ class SequentialQuerier:
                 f"selector {picked.name!r} asks everybody at once",
                 hint="ask all sites of directory.only(...) at once, or selector='early-exit'",
             )
+        require_exact(picked, querier.protection)
         self._querier, self._directory = querier, directory
         self._inputs = np.asarray(inputs)
         profiles = {n: card.profile for n, card in enumerate(directory.cards)}
@@ -98,6 +100,9 @@ class SequentialQuerier:
             self._rule,
             class_totals=totals,
             counts_kind=kind,
+            slack=rounding(
+                querier.protection, self._rule, len(self._classes), len(directory.cards)
+            ),
         )
         self._asked: SealedJob | None = None
 

@@ -9,20 +9,31 @@ from fedinfer_flower.selection.base import (
     make_selector,
 )
 from fedinfer_flower.selection.candidate import AuditTally, Candidate, SiteRecord
+from fedinfer_flower.selection.cascade_learning import learn_cascade
+from fedinfer_flower.selection.cascade_policy import CascadePolicy
+from fedinfer_flower.selection.diversity_overlap import error_overlap, overlap_to_json
 from fedinfer_flower.selection.history import SiteHistory
 from fedinfer_flower.selection.plan import QueryPlan, plan_query
+from fedinfer_flower.selection.sequential import SequentialAnswer
+from fedinfer_flower.selection.sequential_selector import SequentialSelector
 
 __all__ = [
     "SELECTORS",
     "AuditTally",
     "Candidate",
+    "CascadePolicy",
     "QueryPlan",
     "Selection",
     "SelectionNeed",
     "Selector",
+    "SequentialAnswer",
+    "SequentialSelector",
     "SiteEvidence",
     "SiteHistory",
     "SiteRecord",
+    "error_overlap",
+    "learn_cascade",
     "make_selector",
+    "overlap_to_json",
     "plan_query",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -118,7 +119,6 @@ class Choosing:
         at_least: int,
         timeout_s: float,
         request_bytes: int = 0,
-        seed: int = 0,
     ) -> Chosen:
         """Return whom a selector would ask, why, and at what cost; nobody is asked.
 
@@ -147,7 +147,8 @@ class Choosing:
             group_size=max(3, protection.min_cohort),
             reply_bytes=protection.payload_bytes(scores, n_queries),
             now_s=time.time(),
-            seed=seed,
+            # Sites must not be able to foresee lots.
+            seed=secrets.randbits(63),
         )
         # An empty history is falsy.
         history = SiteHistory() if self.history is None else self.history

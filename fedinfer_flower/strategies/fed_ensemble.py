@@ -140,7 +140,7 @@ class FedEnsemble(EnsembleSettings):
         self._cards, self._chosen = self.choosing.choose(
             onboarding.cards,
             onboarding.failures,
-            **self.needs_of(n_queries, seed=self._run_id % 2**32),
+            **self.needs_of(n_queries),
         )
         self._onboarded = onboarding
         return onboarding
@@ -167,7 +167,7 @@ class FedEnsemble(EnsembleSettings):
     def plan(self, grid: Grid, *, n_queries: int) -> QueryPlan:
         """Return whom `start` would ask, why, and at what cost; only profiles are fetched."""
         self.configure_onboarding(grid, _run_id(grid), n_queries=n_queries)
-        needs = self.needs_of(n_queries, seed=self._run_id % 2**32)
+        needs = self.needs_of(n_queries)
         return (self._chosen or self.choosing.plan(self._cards, **needs)).plan
 
     def configure_query(

@@ -13,6 +13,7 @@ from flwr.serverapp import Grid
 from fedinfer_flower.errors import ConfigError, InvalidValueError, QueryError
 from fedinfer_flower.planning.label_space import class_totals, shared_classes
 from fedinfer_flower.planning.question import choose_rule
+from fedinfer_flower.planning.rounding import require_exact, rounding
 from fedinfer_flower.query import Prediction, SiteId
 from fedinfer_flower.selection.base import Selector, make_selector
 from fedinfer_flower.selection.plan import QueryPlan
@@ -92,7 +93,8 @@ class FedSequential:
     Raises
     ------
     ConfigError
-        If the selector asks everybody at once, or the rule needs each site's own scores.
+        If the selector asks everybody at once, the rule needs each site's own scores, or
+        noise leaves nothing lossless.
 
     Privacy
     -------
@@ -124,6 +126,7 @@ class FedSequential:
         at_most = options.pop("max_query_nodes", None)
         self.selector = picked
         self.ensemble = FedEnsemble(**options)
+        require_exact(picked, self.ensemble.protection)
         self.ensemble.choosing = Choosing.from_options(
             selector=picked, at_most=at_most, fraction=1.0, **choosing
         )
@@ -161,6 +164,7 @@ class FedSequential:
             rule,
             class_totals=totals,
             counts_kind=kind,
+            slack=rounding(ensemble.protection, rule, len(classes), len(cards)),
         )
         groups: list[InferenceResult] = []
         failed: list[tuple[SiteId, ...]] = []

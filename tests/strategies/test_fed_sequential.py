@@ -120,6 +120,12 @@ def test_selector_that_asks_all_at_once_is_refused_when_built():
         FedSequential(selector="all")
 
 
+def test_lossless_under_noise_is_refused_when_built():
+    selector = make_selector("early-exit", {"stop": "lossless"})
+    with pytest.raises(ConfigError, match="noise"):
+        FedSequential(selector=selector, protection="secagg+dp", rule="mean-probability")
+
+
 def test_querier_elsewhere_asks_in_groups_under_seal(grid, whole):
     strategy = FedEnsemble(protection="secagg", min_available_nodes=N_SITES)
     asker = SequentialQuerier(
