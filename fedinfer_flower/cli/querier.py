@@ -37,6 +37,9 @@ def ask(
     protect: Annotated[str, typer.Option(help="protection of the answers")] = "he",
     epsilon: Annotated[float | None, typer.Option(help="of one row, where noise is added")] = None,
     rule: Annotated[str, typer.Option(help="ensemble rule of sealed queries")] = "auto",
+    allow_skew: Annotated[
+        bool, typer.Option("--allow-skew", help="take a median of sites whose classes differ")
+    ] = False,
     batch_size: Annotated[int, typer.Option(min=1, help="queries a message")] = 1024,
     reuse: Annotated[Path | None, typer.Option(help="key file whose key sites pin")] = None,
 ) -> None:
@@ -49,6 +52,7 @@ def ask(
     Example: fedinfer querier ask --inputs x.npy --directory directory.fi --pins pins.toml
     --identity me.id --protect secagg --job job.fi --secret me.key
     """
+    from fedinfer_flower.ensemble.skew_check import regardless
     from fedinfer_flower.privacy.base import make_protection
     from fedinfer_flower.querier import Querier
     from fedinfer_flower.strategies.handover import write_whole
@@ -68,7 +72,8 @@ def ask(
     rows = np.load(inputs, allow_pickle=False)
     if directory is not None and not clear:
         found = _directory(directory, wait_s)
-        data = querier.ask(rows, directory=found, batch_size=batch_size, rule=rule).to_bytes()
+        picked = regardless(rule) if allow_skew and rule != "auto" else rule
+        data = querier.ask(rows, directory=found, batch_size=batch_size, rule=picked).to_bytes()
         names = ", ".join(f"{c.profile.name} {c.key_id[:16]}" for c in found.cards)
         typer.echo(f"sealed to {len(found.cards)} sites: {names}")
     elif clear and directory is None:

@@ -31,6 +31,7 @@ from fedinfer_flower.privacy.base import Protection, ScorePlan, key_id_of, make_
 from fedinfer_flower.privacy.cohort import Cohort
 from fedinfer_flower.privacy.legality import require_legal
 from fedinfer_flower.privacy.row_digest import EXACT_SUM_CONTEXT, row_digests
+from fedinfer_flower.settlement.evidence import EvidenceForm, agreed_form, site_evidence
 from fedinfer_flower.wire.messages import Question
 from fedinfer_flower.wire.sealed_query import seal_answer
 
@@ -106,7 +107,7 @@ def answer_question(
         plan, public_key=asked.public_key, cohort=cohort, identity=memory.identity
     )
     require_evidence(rule, asked, model)
-    settles = agreed_form(asked, protection, consent, sealed=sealed)
+    settles = agreed_to_settle(asked, protection, consent, sealed=sealed)
     context = b"" if cohort is None else recovery_context(cohort, protection, run_id=run_id)
     _admit(asked, protection, plan, context, memory)
     noisy = protection.charge(plan, 1) is not None
@@ -132,8 +133,6 @@ def answer_question(
         )
     evidence = b""
     if settles:
-        from fedinfer_flower.settlement.evidence import EvidenceForm, site_evidence
-
         # Without noise every row is scored here, and once: the copy is of this very answer.
         evidence = site_evidence(
             EvidenceForm(settles),
@@ -179,24 +178,24 @@ def agree(
     return rule, protection, plan
 
 
-def agreed_form(asked: Question, protection: Protection, consent: Consent, *, sealed: bool) -> str:
+def agreed_to_settle(
+    asked: Question, protection: Protection, consent: Consent, *, sealed: bool
+) -> str:
     """Return the form of the copy for settlement, if one is asked for and agreed to.
 
     Raises
     ------
     ProtectionRefusedError
-        If the site does not take part in settlements.
+        If the site does not take part in settlements, or not in this form.
     IncompatibleProtection
         If the protection would be undone by such a copy.
     """
     if not asked.evidence:
         return ""
-    from fedinfer_flower.settlement.evidence import evidence_form
-
     consent.require("settlement")
-    form = evidence_form(protection, sealed=sealed)
-    if form.value != asked.evidence:
-        raise BindingError(f"settlement under {protection.name!r} takes evidence as {form.value!r}")
+    form = agreed_form(asked.evidence, protection, sealed=sealed)
+    if form is EvidenceForm.CKKS:
+        consent.require("settlement-ckks")
     return str(form.value)
 
 

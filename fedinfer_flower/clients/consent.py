@@ -16,10 +16,11 @@ __all__ = ["FURTHER_WORK", "Consent", "OptionLimits"]
 
 _PINS: Final = "pins.toml"
 
-FURTHER_WORK: Final = frozenset({"settlement", "stacking", "calibration"})
+FURTHER_WORK: Final = frozenset({"settlement", "settlement-ckks", "stacking", "calibration"})
 """Work beside answering, each with a disclosure of its own: a second copy of each answer, from
-which rewards are worked out; held-out rows, which other sites answer, and a share in training an
-aggregator on them; a histogram of how well the model does on them."""
+which rewards are worked out, in shares or, more weakly, encrypted to the querier; held-out rows,
+which other sites answer, and a share in training an aggregator on them; a histogram of how well
+the model does on them."""
 
 
 @dataclass(frozen=True, kw_only=True)

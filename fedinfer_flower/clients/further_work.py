@@ -11,13 +11,14 @@ from typing import Final
 
 from fedinfer_flower.clients.site_call import SiteCall
 from fedinfer_flower.errors import EnvelopeError
-from fedinfer_flower.wire.actions import ENCRYPTED
+from fedinfer_flower.wire.actions import CALIBRATE, ENCRYPTED
 from fedinfer_flower.wire.envelope import Envelope, Kind
 
 __all__ = ["HANDLERS", "further_handler"]
 
 HANDLERS: Final[dict[tuple[str, Kind], tuple[str, str]]] = {
     (ENCRYPTED, Kind.QUERY): ("encrypted_answering", "answer_encrypted_call"),
+    (CALIBRATE, Kind.QUERY): ("calibrating", "answer_calibration"),
 }
 """(action, envelope's kind) to (module of `clients`, function)."""
 

@@ -22,6 +22,7 @@ from fedinfer_flower.clients.recovering import answer_recovery
 from fedinfer_flower.clients.site_call import SiteCall
 from fedinfer_flower.clients.site_memory import ContextMemory, SiteMemory, home_memory
 from fedinfer_flower.clients.site_model import SiteModel, prepare
+from fedinfer_flower.clients.stack_shelf import bring_stack
 from fedinfer_flower.clients.stating import signed_statement
 from fedinfer_flower.errors import (
     BindingError,
@@ -174,9 +175,16 @@ class InferenceMod:
         self._receipts = receipts
         self._limits = limits
         self._max_models = max_models
+        self._stacking = None
+        if "stacking" in agrees_to:
+            from fedinfer_flower.clients.stack_mod import StackingMod
+
+            self._stacking = StackingMod(self)
 
     def __call__(self, message: Message, context: Context, call_next: ClientAppCallable) -> Message:
         """Act as a Flower mod."""
+        if self._stacking is not None and self._stacking.takes(message):
+            return self._stacking(message, context)
         if message.metadata.message_type.startswith(PREFIX):
             return self.handle(message, context)
         return call_next(message, context)
@@ -196,6 +204,8 @@ class InferenceMod:
         try:
             for action in ACTIONS:
                 app.query(action)(self.handle)
+            if self._stacking is not None:
+                self._stacking.attach(app)
         except ValueError as exc:
             raise ConfigError(
                 "the handlers could not be registered at this ClientApp",
@@ -272,6 +282,7 @@ class InferenceMod:
         with contained(
             ModelAnswerError, "the query could not be answered", hint=_SEE_LOG, pass_typed=True
         ):
+            bring_stack(asked, context, self._folder(context))
             now_s = time.time()
             answer = answer_question(
                 model,

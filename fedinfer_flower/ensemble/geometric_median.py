@@ -34,6 +34,8 @@ class GeometricMedian(PerSiteRule):
     smoothing : float
         Distance below which a site's pull grows no further; keeps the step finite at a
         site's own answer.
+    allow_skew : bool
+        Take the middle also where the sites know different classes; see `skew_check`.
 
     Privacy
     -------
@@ -48,6 +50,7 @@ class GeometricMedian(PerSiteRule):
 
     iterations: int = option(256, low=1, high=10_000)
     smoothing: float = option(1e-6, low=1e-12, high=1.0)
+    allow_skew: bool = False
 
     def combine(self, scores: Array) -> Array:
         """Return the geometric median of each query's answers."""

@@ -23,6 +23,11 @@ class Median(PerSiteRule):
 
     Total: ``median_k p_k,c`` (Yin et al., ICML 2018, for gradients).
 
+    Parameters
+    ----------
+    allow_skew : bool
+        Take the middle also where the sites know different classes; see `skew_check`.
+
     Privacy
     -------
     Needs each site's own probabilities: the coordinator sees them, with noise under `dp`.
@@ -32,6 +37,8 @@ class Median(PerSiteRule):
     >>> Median().combine(np.array([[[0.9, 0.1]], [[0.4, 0.6]], [[0.2, 0.8]]]))
     array([[0.4, 0.6]])
     """
+
+    allow_skew: bool = False
 
     def combine(self, scores: Array) -> Array:
         """Return the coordinate-wise median."""

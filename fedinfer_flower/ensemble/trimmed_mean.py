@@ -29,6 +29,8 @@ class TrimmedMean(PerSiteRule):
     trim : int
         Values dropped at each end. With few sites fewer are dropped, so that one or two
         remain.
+    allow_skew : bool
+        Take the middle also where the sites know different classes; see `skew_check`.
 
     Privacy
     -------
@@ -41,6 +43,7 @@ class TrimmedMean(PerSiteRule):
     """
 
     trim: int = option(1, low=0, high=1_000_000)
+    allow_skew: bool = False
 
     def combine(self, scores: Array) -> Array:
         """Return the coordinate-wise trimmed mean."""

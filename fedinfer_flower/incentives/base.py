@@ -34,6 +34,7 @@ __all__ = [
     "Sight",
     "likeliest",
     "make_scheme",
+    "without_dust",
 ]
 
 Array = npt.NDArray[np.float64]
@@ -306,7 +307,22 @@ class LinearScheme(ContributionScheme):
         """Return the row sums in clear."""
         self.check(answers)
         centred = answers.probabilities_ktc - 1.0 / answers.n_classes
-        return np.asarray(np.einsum("ktc,tc->k", centred, self.weights(answers.public())))
+        weights_tc = self.weights(answers.public())
+        sums = np.einsum("ktc,tc->k", centred, weights_tc)
+        return without_dust(sums, 1e-12 * float(np.abs(weights_tc).sum()))
+
+
+def without_dust(values: Array, error: float) -> Array:
+    """Return values with those that may be rounding errors set to 0.
+
+    A fixed answer earns 0 but for rounding, and dust must not win a pot that nobody earned.
+
+    Examples
+    --------
+    >>> without_dust(np.array([1e-17, 0.2]), 1e-12)
+    array([0. , 0.2])
+    """
+    return np.where(np.abs(values) <= error, 0.0, values)
 
 
 SCHEMES: Registry[ContributionScheme] = Registry(

@@ -10,8 +10,9 @@ import numpy.typing as npt
 
 from fedinfer_flower.ensemble.auto import pick_rule
 from fedinfer_flower.ensemble.base import EnsembleRule, Evidence
+from fedinfer_flower.ensemble.skew_check import require_low_skew
 from fedinfer_flower.errors import IncompatibleProtection
-from fedinfer_flower.planning.label_space import class_totals
+from fedinfer_flower.planning.label_space import class_totals, shared_classes
 from fedinfer_flower.privacy.base import Protection
 from fedinfer_flower.privacy.legality import require_legal
 from fedinfer_flower.query import SiteProfile
@@ -29,7 +30,7 @@ def choose_rule(
     Raises
     ------
     IncompatibleProtection
-        If a site lacks what the rule needs.
+        If a site lacks what the rule needs, or their classes differ too much for it.
     """
     reason = "asked for"
     if rule is None:
@@ -55,7 +56,13 @@ def choose_rule(
                 f"rule {rule.name!r} needs familiarity; {', '.join(names)} cannot measure it",
                 hint="use rule 'auto', or give LocalModel(reference_inputs=...) there",
             )
-    return rule, reason
+    warning = require_low_skew(
+        rule.name,
+        list(profiles.values()),
+        shared_classes(profiles),
+        allow_skew=bool(rule.options().get("allow_skew", False)),
+    )
+    return rule, f"{reason}. {warning}" if warning else reason
 
 
 def question_template(

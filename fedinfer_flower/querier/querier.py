@@ -104,7 +104,7 @@ class Querier:
         rule: str | EnsembleRule = ...,
         ttl_s: float = ...,
         weighed: Directory | None = ...,
-        evidence: bool = ...,
+        evidence: bool | str = ...,
         evidence_key: bytes = ...,
     ) -> SealedJob: ...
 
@@ -129,7 +129,7 @@ class Querier:
         rule: str | EnsembleRule = "auto",
         ttl_s: float = 3600.0,
         weighed: Directory | None = None,
-        evidence: bool = False,
+        evidence: bool | str = False,
         evidence_key: bytes = b"",
     ) -> QueryJob | SealedJob:
         """Encode queries for the coordinator, sealed to the sites of a directory.
@@ -152,8 +152,9 @@ class Querier:
             Seconds for which sites answer a sealed job.
         weighed : Directory, optional
             Sites over which class weights are normalised, where more than those asked.
-        evidence : bool
-            Sealed: let every site add a second copy of its answer, for a settlement.
+        evidence : bool or str
+            Sealed: let every site add a second copy of its answer, for a settlement, in
+            shares; ``"ckks"`` for that form, under `he`.
         evidence_key : bytes
             Public settlement key, where the protection's copies need one.
 

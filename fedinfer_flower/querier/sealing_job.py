@@ -14,7 +14,7 @@ from fedinfer_flower.planning.label_space import shared_classes
 from fedinfer_flower.planning.question import choose_rule, question_template, with_batch
 from fedinfer_flower.privacy.base import KeyPair, Protection
 from fedinfer_flower.privacy.legality import require_legal
-from fedinfer_flower.settlement.evidence import evidence_form
+from fedinfer_flower.settlement.forms import wanted_form
 from fedinfer_flower.wire.directory import Directory
 from fedinfer_flower.wire.documents import QueryJob
 from fedinfer_flower.wire.envelope import encode
@@ -36,13 +36,14 @@ def sealed_job(
     classes: Sequence[str] | None,
     ttl_s: float,
     weighed: Directory | None = None,
-    evidence: bool = False,
+    evidence: bool | str = False,
     evidence_key: bytes = b"",
 ) -> SealedJob:
     """Seal a job to every site of a directory.
 
     Class weights are normalised over the sites of `weighed`, where more than those asked.
-    With `evidence` every site adds a second copy of its answer, for a settlement.
+    With `evidence` every site adds a second copy of its answer, for a settlement, in
+    shares; ``"ckks"`` asks for that form.
 
     Under a protection that shows the coordinator each site's scores, the sites seal them
     to the querier instead, and the coordinator passes them on.
@@ -85,7 +86,7 @@ def sealed_job(
         weighed=None
         if weighed is None
         else dict(enumerate(card.profile for card in weighed.cards)),
-        evidence=evidence_form(protection, sealed=True).value if evidence else "",
+        evidence=wanted_form(protection, evidence, sealed=True),
         evidence_key=evidence_key,
     )
     template = dataclasses.replace(

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fedinfer_flower.clients.site_model import SiteModel, prepare
+from fedinfer_flower.ensemble.skew_check import regardless
 from fedinfer_flower.privacy.base import Protection
 from fedinfer_flower.query import CountsKind
 from fedinfer_flower.simulation.data import Dataset
@@ -109,7 +110,9 @@ def rules_in_clear(
     app = client_app(folder.parent, share_counts="counts")
     with LocalGrid(app, num_supernodes=n_sites) as grid:
         for rule in rules:
-            strategy = FedEnsemble(rule=rule, min_available_nodes=n_sites)
+            strategy = FedEnsemble(
+                rule=rule if rule == "auto" else regardless(rule), min_available_nodes=n_sites
+            )
             strategy.classes = dataset.classes
             prediction = strategy.start(grid, dataset.test_inputs).prediction
             if prediction is not None:

@@ -38,7 +38,7 @@ class EnsembleSettings(InferenceStrategy):
         gates: Sequence[str | Gate] = (),
         history: SiteHistory | None = None,
         budget: float | None = None,
-        evidence: bool = False,
+        evidence: bool | str = False,
         min_available_nodes: int = 0,
         patience_s: float = 60.0,
         batch_size: int = 1024,

@@ -11,6 +11,7 @@ from flwr.serverapp import Grid
 
 from fedinfer_flower.errors import (
     FedInferError,
+    InvalidValueError,
     KeyAtCoordinatorError,
     QuorumNotMetError,
 )
@@ -76,7 +77,7 @@ class FedCalibrate:
     ------
     IncompatibleProtection
         When built, if the protection cannot carry counts.
-    ValueError
+    InvalidValueError
         If the spec asks for joint answers, which sites do not have here.
 
     Privacy
@@ -298,8 +299,6 @@ class FedCalibrate:
 
 
 def _joint() -> FedInferError:
-    from fedinfer_flower.errors import InvalidValueError
-
     return InvalidValueError(
         "sites have no joint answers to their held-out rows here",
         hint="ConformalPredictor.from_audits; or sites ask their own rows, and give"

@@ -14,7 +14,7 @@ from fedinfer_flower.errors import InvalidValueError, QueryError, ShapeError
 from fedinfer_flower.incentives.base import CoalitionSums
 from fedinfer_flower.planning.label_space import shared_classes
 from fedinfer_flower.strategies.fed_ensemble import FedEnsemble
-from fedinfer_flower.strategies.opening import job_for, secret_is_here
+from fedinfer_flower.strategies.opening import job_for
 from fedinfer_flower.strategies.result import InferenceResult
 from fedinfer_flower.wire.directory import SiteCard
 
@@ -163,7 +163,6 @@ class FedCoalitions:
     ) -> tuple[InferenceResult, npt.NDArray[np.float64]]:
         ensemble = self.ensemble
         job, querier = job_for(queries, ensemble)
-        secret_is_here(job, ensemble.protection, querier, allowed=ensemble.allow_coordinator_key)
         here = {n: card for (n, card), is_in in zip(cards.items(), drawn, strict=True) if is_in}
         result = ensemble.ask_cohort(grid, job, querier, cards=here, all_cards=here)
         assert querier is not None  # noqa: S101  an array is asked and opened here

@@ -67,8 +67,9 @@ class FedEnsemble(EnsembleSettings):
         What is remembered of the sites; their latencies are added to it.
     budget : float, optional
         Most credits for all queries of a job, at the sites' prices.
-    evidence : bool
-        Collect a second copy of each answer for settlement: `InferenceResult.evidence`.
+    evidence : bool or str
+        Collect a second copy of each answer for settlement: `InferenceResult.evidence`. In
+        the strongest form that the protection allows, or the one named.
     min_available_nodes : int
         Nodes to wait for before onboarding. With 0, wait until no more are joining, and
         for at least two.
@@ -257,9 +258,7 @@ class FedEnsemble(EnsembleSettings):
             If too few sites are there or answer.
         """
         job, querier = job_for(queries, self)
-        self._key_here = secret_is_here(
-            job, self.protection, querier, allowed=self.allow_coordinator_key
-        )
+        secret_is_here(job, self.protection, querier, allowed=self.allow_coordinator_key)
         log.info("%s", self.summary())
         run_id = _run_id(grid)
         if self._onboarded is None or self._run_id != run_id:
@@ -300,6 +299,9 @@ class FedEnsemble(EnsembleSettings):
         weighed : mapping of node id to SiteCard, optional
             Sites over which class weights are normalised; default those that are asked.
         """
+        self._key_here = secret_is_here(
+            job, self.protection, querier, allowed=self.allow_coordinator_key
+        )
         prepared = self._prepared = prepare_job(
             job,
             rule=self.rule,
@@ -313,7 +315,7 @@ class FedEnsemble(EnsembleSettings):
             evidence=self.evidence,
         )
         self._statements = []
-        self._book = new_book(job, self.protection) if self.evidence else None
+        self._book = new_book(job, self.protection, self.evidence)
         batches: list[CombinedBatch] = []
         reports: list[QueryReport] = []
         for query_id, inputs in batches_of(job):

@@ -104,11 +104,13 @@ class FedGroupMedian:
     members of its group, at least the protection's smallest cohort. Groups are disjoint and
     drawn once a job; sites that keep a home refuse a row in another group.
 
-    Robustness
-    ----------
-    Of hostile sites in f groups, ``f < n_groups / 2``, no entry of the median goes beyond
-    the honest groups' entries, whatever they send within the rule's bound. f sites are in at
-    most f groups. Coordinator and querier are trusted to draw and to count.
+    Notes
+    -----
+    Of hostile sites in f groups, ``f < n_groups / 2``, no entry of the median goes beyond the
+    honest groups' entries, whatever they send within the rule's bound. f sites are in at most
+    f groups. Beyond that it can be worse than the mean over all: of 15 sites in groups of
+    three, 3 hostile ones left 62 of 100 digits right, and 78 under the mean. Coordinator and
+    querier are trusted to draw and to count.
 
     Examples
     --------

@@ -21,7 +21,7 @@ from fedinfer_flower.selection.sequential import SequentialAnswer
 from fedinfer_flower.selection.sequential_selector import SequentialSelector
 from fedinfer_flower.strategies.choosing import Choosing
 from fedinfer_flower.strategies.fed_ensemble import FedEnsemble
-from fedinfer_flower.strategies.opening import job_for, secret_is_here
+from fedinfer_flower.strategies.opening import job_for
 from fedinfer_flower.strategies.result import InferenceResult
 from fedinfer_flower.wire.directory import SiteCard
 
@@ -204,7 +204,6 @@ class FedSequential:
     ) -> InferenceResult:
         ensemble, rows = self.ensemble, answer.open_rows
         job, querier = job_for(queries[rows], ensemble)
-        secret_is_here(job, ensemble.protection, querier, allowed=ensemble.allow_coordinator_key)
         here = {int(n): cards[int(n)] for n in members}
         result = ensemble.ask_cohort(grid, job, querier, cards=here, all_cards=here, weighed=cards)
         assert querier is not None  # noqa: S101  an array is asked and opened here

@@ -9,7 +9,7 @@ from fedinfer_flower.query import QueryReport
 from fedinfer_flower.receipts.statement import SignedStatement
 from fedinfer_flower.selection.plan import QueryPlan
 from fedinfer_flower.settlement.book import EvidenceBook
-from fedinfer_flower.settlement.evidence import evidence_form
+from fedinfer_flower.settlement.forms import EvidenceForm, wanted_form
 from fedinfer_flower.strategies.opening import LocalQuerier, open_here
 from fedinfer_flower.strategies.preparing import Prepared
 from fedinfer_flower.strategies.result import InferenceResult
@@ -20,15 +20,18 @@ from fedinfer_flower.wire.sealed_job import SealedJob
 __all__ = ["new_book", "result_of", "seconds_of"]
 
 
-def new_book(job: QueryJob | SealedJob, protection: Protection) -> EvidenceBook:
-    """Return an empty book for the evidence of a job.
+def new_book(
+    job: QueryJob | SealedJob, protection: Protection, evidence: bool | str
+) -> EvidenceBook | None:
+    """Return an empty book for the evidence of a job; None where none is collected.
 
     Raises
     ------
     IncompatibleProtection
         If the protection would be undone by a second copy of an answer.
     """
-    return EvidenceBook(evidence_form(protection, sealed=isinstance(job, SealedJob)))
+    form = wanted_form(protection, evidence, sealed=isinstance(job, SealedJob))
+    return EvidenceBook(EvidenceForm(form)) if form else None
 
 
 def result_of(

@@ -10,7 +10,7 @@ from fedinfer_flower.errors import FedInferError
 from fedinfer_flower.planning.label_space import shared_classes
 from fedinfer_flower.planning.question import choose_rule, question_template
 from fedinfer_flower.privacy.base import Protection
-from fedinfer_flower.settlement.evidence import evidence_form
+from fedinfer_flower.settlement.forms import wanted_form
 from fedinfer_flower.strategies.sealed import sealed_rule, sealed_template, seated
 from fedinfer_flower.wire.directory import SiteCard
 from fedinfer_flower.wire.documents import QueryJob
@@ -56,7 +56,7 @@ def prepare_job(
     failures: Mapping[int, FedInferError],
     run_id: int,
     weighed: Mapping[int, SiteCard] | None = None,
-    evidence: bool = False,
+    evidence: bool | str = False,
 ) -> Prepared:
     """Prepare a job; of a sealed one, the querier has fixed everything.
 
@@ -68,8 +68,8 @@ def prepare_job(
         All sites that are here: of them a sealed job's querier has chosen.
     weighed : mapping of node id to SiteCard, optional
         Sites over which class weights are normalised; default those that are asked.
-    evidence : bool
-        Ask for a second copy of each answer, for settlement.
+    evidence : bool or str
+        Ask for a second copy of each answer, for settlement, in this form.
 
     Raises
     ------
@@ -100,6 +100,6 @@ def prepare_job(
         key_id=job.key_id,
         roster=Roster(tuple(card.seat for card in cards.values())),
         weighed=None if weighed is None else {n: c.profile for n, c in weighed.items()},
-        evidence=evidence_form(protection, sealed=False).value if evidence else "",
+        evidence=wanted_form(protection, evidence, sealed=False),
     )
     return Prepared(cards=cards, failures=failures, rule=picked, reason=reason, template=template)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 __all__ = [
     "ACTIONS",
+    "CALIBRATE",
     "CANDIDATES",
     "ENCRYPTED",
     "GENERATE",
@@ -37,7 +38,10 @@ PING = "fi_ping"
 ENCRYPTED = "fi_encrypted"
 """One batch of encrypted queries; the reply carries encrypted logits."""
 
-ACTIONS = (HELLO, PREDICT, RECOVER, ENCRYPTED, PING)
+CALIBRATE = "fi_calibrate"
+"""Held-out rows are counted at the site by how badly its model fits them; protected counts out."""
+
+ACTIONS = (HELLO, PREDICT, RECOVER, ENCRYPTED, CALIBRATE, PING)
 
 INTRODUCE = "fi_introduce"
 """The site shows its language card: model, media that it shares, fusers that it has."""

@@ -71,6 +71,11 @@ class Kind(StrEnum):
     RECOVER = "recover"
     RECOVERED = "recovered"
     DIRECTORY = "directory"
+    SETTLEMENT_REQUEST = "settlement-request"
+    SETTLEMENT_REPLY = "settlement-reply"
+    SETTLEMENT_ROWS = "settlement-rows"
+    SETTLEMENT_SUMS = "settlement-sums"
+    SETTLEMENT = "settlement"
 
 
 @dataclass(frozen=True, kw_only=True)

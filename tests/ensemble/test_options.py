@@ -44,7 +44,7 @@ def test_make_rule_with_unknown_option_names_nearest():
 
 def test_make_rule_with_option_of_rule_without_any_says_so():
     with pytest.raises(InvalidValueError, match="options: none"):
-        make_rule("median", {"trim": 1})
+        make_rule("borda", {"trim": 1})
 
 
 @pytest.mark.parametrize(

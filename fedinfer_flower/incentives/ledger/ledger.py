@@ -55,8 +55,9 @@ class Ledger:
     when, and for which job and query ids: no inputs, no answers, no scores. Amounts paid in
     proportion to scores tell the ratios of those that are above 0. An auditor needs no more
     than to read; whoever may *write* to the database can add entries that follow the rules
-    in anybody's name, and deciding who may is the database's matter: PostgreSQL needs
-    SELECT and INSERT on the three tables only. Nobody can change or delete entries unseen,
+    in anybody's name, and deciding who may is the database's matter: on PostgreSQL
+    a writer needs SELECT and INSERT on the three tables, SELECT on
+    ``fedinfer_ledger_version``, and nothing else. Nobody can change or delete entries unseen,
     except the last ones, or all of them: publish `head` somewhere else, now and then, and
     give it to `verify`.
 
@@ -252,11 +253,13 @@ class Ledger:
         return exported(self.entries(), form)
 
     def _require_whole(self, replay: Replay, book: Book) -> None:
-        if replay.last is None:
-            raise LedgerError("a ledger has at least its first entry")
         replay.finish()
         if book.counts() != (replay.n_entries, replay.n_postings, len(replay.claims)):
             raise LedgerError("there are rows that belong to no entry")
+        if not book.is_intact():
+            raise LedgerError(
+                "the database's file is damaged in a place that holds no entry, such as an index"
+            )
         missing = migrating.missing_triggers(book)
         if missing:
             raise LedgerError(

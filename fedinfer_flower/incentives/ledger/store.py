@@ -70,6 +70,8 @@ class Store:
         elif self.dialect == POSTGRES:
             parsed = parsed.set(drivername="postgresql+psycopg")
             options["connect_args"] = {"connect_timeout": _CONNECT_S}
+            # Otherwise every new connection asks the server for a type that is not used here.
+            options["use_native_hstore"] = False
         else:
             raise _bad_url()
         try:

@@ -138,8 +138,10 @@ class Replay:
         Raises
         ------
         LedgerError
-            If the published head was not reached.
+            If there is no entry, or the published head was not reached.
         """
+        if self.last is None:
+            raise LedgerError("a ledger has at least its first entry")
         if self._expected is not None and self.n_entries < self._expected.seq:
             raise LedgerError(
                 f"the book ends at {self.n_entries}; the head that was published is"
@@ -200,15 +202,15 @@ def verify_entries(entries: Iterable[Entry], *, head: Head | None = None) -> Ver
     'a ledger has at least its first entry'
     """
     replay = Replay(head)
-    for entry in entries:
-        try:
-            replay.take(entry)
-        except LedgerError as exc:
-            return replay.found(BadRow(seq=entry.seq, what=exc.message))
+    seq = 1
     try:
-        if replay.last is None:
-            raise LedgerError("a ledger has at least its first entry")
+        for entry in entries:
+            seq = entry.seq
+            replay.take(entry)
+            # Of a row that cannot even be read: the one after the last that fits.
+            seq += 1
+        seq = replay.n_entries
         replay.finish()
     except LedgerError as exc:
-        return replay.found(BadRow(seq=replay.n_entries, what=exc.message))
+        return replay.found(BadRow(seq=seq, what=exc.message))
     return replay.found()

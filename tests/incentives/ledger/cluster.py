@@ -35,14 +35,14 @@ def why_not() -> str:
 
 
 @contextmanager
-def cluster() -> Iterator[Path]:
+def cluster(*, durable: bool = False) -> Iterator[Path]:
     """Start a server; yield the folder of its socket; stop it and delete everything.
 
-    Without fsync: what is killed here is a client, never the machine.
+    Without fsync, unless it is to be durable: what tests kill is a client, never the machine.
     """
     where = programs()
     assert where is not None
-    folder = Path(tempfile.mkdtemp(prefix="fi-pg-", dir="/tmp"))  # noqa: S108 - short socket path
+    folder = Path(tempfile.mkdtemp(prefix="fi-pg-", dir="/tmp"))
     prefix: list[str] = []
     if os.getuid() == 0:
         shutil.chown(folder, _SERVER_USER)
@@ -60,7 +60,8 @@ def cluster() -> Iterator[Path]:
             )
 
     data = str(folder / "data")
-    options = f"-c listen_addresses= -c unix_socket_directories={folder} -c fsync=off"
+    options = f"-c listen_addresses= -c unix_socket_directories={folder}"
+    options += "" if durable else " -c fsync=off"
     try:
         run("initdb", "-D", data, "-U", _SERVER_USER, "-A", "trust", "-E", "UTF8", "--no-sync")
         run("pg_ctl", "-D", data, "-l", str(folder / "server.log"), "-o", options, "-w", "start")

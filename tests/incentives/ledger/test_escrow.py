@@ -384,3 +384,22 @@ def test_state_is_the_same_to_another_process(escrow) -> None:
     release(escrow)
     other = Escrow(Ledger(escrow.opened.url), coordinator_key_id=COORDINATOR.key_id)
     assert other.state("job") == escrow.service.state("job")
+
+
+def test_database_alone_refuses_what_the_rules_would_let_pass(escrow, monkeypatch) -> None:
+    from fedinfer_flower.incentives.ledger import book as module
+    from fedinfer_flower.incentives.ledger.entry import Draft
+
+    release(escrow)
+    monkeypatch.setattr(module, "step", lambda state, draft, at: state)
+    for draft, words in (
+        # Money that is not there, then a query id that was settled before.
+        (Draft(kind="refund", key="a", amounts={"escrow:job": -1, "clinic": 1}), "holds 0"),
+        (Draft(kind="refund", key="b", claims=["settled:job-0"]), "refuses the row"),
+    ):
+        with pytest.raises(LedgerError, match=words), escrow.ledger.writing() as book:
+            book.append(draft)
+    # An entry that got in all the same is named.
+    with escrow.ledger.writing() as book:
+        book.append(Draft(kind="refund", key="c", subject="escrow:job", memo={"job_id": "job"}))
+    assert escrow.ledger.verify().first_bad.seq == 5

@@ -171,7 +171,7 @@ def test_writers_at_once_make_one_chain(opened: Opened) -> None:
                 ledger.post("fee", f"{worker}-{number}", {"clinic": -1, f"site {worker}": 1})
                 # The same of everybody: one of them is first.
                 ledger.post("bonus", f"shared-{number}", {"clinic": -1, "shared": 1})
-        except BaseException as exc:  # noqa: BLE001
+        except BaseException as exc:
             errors.append(exc)
 
     threads = [threading.Thread(target=pay, args=(worker,)) for worker in range(4)]

@@ -1,5 +1,6 @@
 """Hands in the database: what triggers refuse, and what verification finds all the same."""
 
+# ruff: noqa: S608 - the statements are those of a hostile owner of the database
 from __future__ import annotations
 
 import json
