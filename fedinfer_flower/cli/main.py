@@ -19,6 +19,7 @@ from fedinfer_flower.cli.attack import attack
 from fedinfer_flower.cli.budget import budget_app
 from fedinfer_flower.cli.fuser import fuser_app
 from fedinfer_flower.cli.key import key
+from fedinfer_flower.cli.ledger import ledger_app
 from fedinfer_flower.cli.querier import querier_app
 from fedinfer_flower.cli.refine import refine
 from fedinfer_flower.cli.verify import verify
@@ -34,6 +35,7 @@ app = typer.Typer(
 app.add_typer(querier_app, name="querier")
 app.add_typer(budget_app, name="budget")
 app.add_typer(fuser_app, name="fuser")
+app.add_typer(ledger_app, name="ledger")
 app.command()(attack)
 app.command()(key)
 app.command()(refine)
@@ -51,6 +53,15 @@ def demo(
     ] = "secagg",
     seed: Annotated[int, typer.Option(min=0, help="data split, partition, models")] = 0,
     quick: Annotated[bool, typer.Option("--quick", help="only plain and --protect")] = False,
+    rewards: Annotated[
+        bool, typer.Option("--rewards", help="mix in audits, settle, and pay from a ledger")
+    ] = False,
+    free_rider: Annotated[
+        bool, typer.Option(help="with --rewards: one more site, which answers by lot")
+    ] = True,
+    selector: Annotated[
+        str, typer.Option(help="whom to ask: names with commas, the first for real; or all")
+    ] = "",
     out: Annotated[Path, typer.Option(help="folder of the report")] = Path("demo-report"),
     as_json: Annotated[bool, typer.Option("--json", help="print the figures as JSON")] = False,
 ) -> None:
@@ -60,6 +71,7 @@ def demo(
     """
     from fedinfer_flower.cli.demo import DemoOptions, run_federation
     from fedinfer_flower.cli.demo_results import results_of
+    from fedinfer_flower.cli.demo_rewards import LEDGER_FILE
     from fedinfer_flower.reporting.report import write_report
     from fedinfer_flower.reporting.table import summary_table
 
@@ -71,6 +83,9 @@ def demo(
         protect=protect,
         seed=seed,
         quick=quick,
+        rewards=rewards,
+        free_rider=free_rider,
+        selector=selector,
     )
     console = Console(stderr=as_json)
     out.mkdir(parents=True, exist_ok=True)
@@ -92,6 +107,8 @@ def demo(
         results = results_of(run)
         report = write_report(results, out / "report.html")
         (out / "results.json").write_text(json.dumps(results, indent=2))
+        if rewards:
+            shutil.copy(folder / LEDGER_FILE, out / LEDGER_FILE)
     if as_json:
         typer.echo(json.dumps(results))
     else:

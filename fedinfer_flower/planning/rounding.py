@@ -7,7 +7,7 @@ from fedinfer_flower.errors import ConfigError
 from fedinfer_flower.privacy.base import Protection, ScorePlan
 from fedinfer_flower.selection.base import Selector
 
-__all__ = ["require_exact", "rounding"]
+__all__ = ["require_exact", "require_sets", "rounding"]
 
 
 def rounding(protection: Protection, rule: EnsembleRule, n_classes: int, n_sites: int) -> float:
@@ -34,4 +34,18 @@ def require_exact(selector: Selector, protection: Protection) -> None:
         raise ConfigError(
             f"stop='lossless' under {protection.name!r}: the noise of further sites is not bounded",
             hint="use stop='margin'",
+        )
+
+
+def require_sets(selector: Selector, *, given: bool) -> None:
+    """Refuse to stop by prediction sets without any.
+
+    Raises
+    ------
+    ConfigError
+    """
+    if selector.options().get("stop") == "set" and not given:
+        raise ConfigError(
+            "stop='set' without prediction sets to stop by",
+            hint="sets=ConformalPredictor.from_audits(...).sets, or stop='margin'",
         )

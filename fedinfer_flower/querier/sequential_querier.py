@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -12,7 +12,7 @@ from fedinfer_flower.ensemble.base import EnsembleRule, make_rule
 from fedinfer_flower.errors import BindingError, ConfigError, InvalidValueError
 from fedinfer_flower.planning.label_space import class_totals, shared_classes
 from fedinfer_flower.planning.question import choose_rule
-from fedinfer_flower.planning.rounding import require_exact, rounding
+from fedinfer_flower.planning.rounding import require_exact, require_sets, rounding
 from fedinfer_flower.querier.querier import Querier
 from fedinfer_flower.query import Prediction, SiteId
 from fedinfer_flower.selection.base import Selection, SelectionNeed, Selector, make_selector
@@ -41,6 +41,8 @@ class SequentialQuerier:
         A sequential one.
     rule : str or EnsembleRule
     classes : sequence of str, optional
+    sets : callable, optional
+        Prediction sets for ``stop="set"``; see `FedSequential`.
 
     Raises
     ------
@@ -62,6 +64,7 @@ class SequentialQuerier:
         selector: str | Selector = "early-exit",
         rule: str | EnsembleRule = "auto",
         classes: Sequence[str] | None = None,
+        sets: Callable[[Prediction], npt.NDArray[np.bool_]] | None = None,
     ) -> None:
         picked = make_selector(selector) if isinstance(selector, str) else selector
         if not isinstance(picked, SequentialSelector):
@@ -70,6 +73,8 @@ class SequentialQuerier:
                 hint="ask all sites of directory.only(...) at once, or selector='early-exit'",
             )
         require_exact(picked, querier.protection)
+        require_sets(picked, given=sets is not None)
+        self._sets = sets
         self._querier, self._directory = querier, directory
         self._inputs = np.asarray(inputs)
         profiles = {n: card.profile for n, card in enumerate(directory.cards)}
@@ -142,7 +147,14 @@ class SequentialQuerier:
             raise BindingError("the combined answer is not to the job that was asked last")
         totals = self._querier.totals(combined)
         n_sites = min(batch.n_sites for batch in combined.batches)
-        self._answer.add(self._answer.group, totals, self._answer.open_rows, n_sites=n_sites)
+        shown = None if self._sets is None else self._answer.preview(totals, n_sites=n_sites)
+        self._answer.add(
+            self._answer.group,
+            totals,
+            self._answer.open_rows,
+            n_sites=n_sites,
+            prediction_sets=None if self._sets is None or shown is None else self._sets(shown),
+        )
         self._asked = None
 
     def skip(self) -> None:

@@ -95,6 +95,13 @@ class SiteHistory:
         """A copy of all records by key id."""
         return dict(self._records)
 
+    @property
+    def next_epoch(self) -> int:
+        """One more than the last epoch of any audit or settlement; 1 at first."""
+        seen = [t.epoch for r in self.records.values() for t in r.tallies]
+        seen += [epoch for r in self.records.values() for epoch, _ in r.merits]
+        return 1 + max(seen, default=0)
+
     def register(self, key_id: str, *, owner: str = "", jurisdiction: str = "") -> None:
         """Write down who owns a site, and under which law it is; "" takes it back.
 

@@ -8,6 +8,7 @@ Nothing here asks anybody: whoever drives the queries does, group by group.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final, Protocol
@@ -211,6 +212,27 @@ class SequentialAnswer:
         following = self._route.next_groups(self._standing(group, due, prediction_sets))
         self._check_route(following, due)
         self._next[due] = following
+
+    def preview(self, totals_bs: Array, *, n_sites: int | None = None) -> Prediction:
+        """Return what `open_rows` would be answered once these totals are added.
+
+        For callers that work out prediction sets before `add`.
+        """
+        group, rows = self.group, self.open_rows
+        if group is None or totals_bs.shape != (len(rows), self._totals.shape[1]):
+            raise ShapeError("totals are of the rows that are open")
+        trial = copy.deepcopy(self)
+        # Whatever the route says of the sets, the rows' standing is the same.
+        everything = np.ones((len(rows), len(self._classes)), dtype=bool)
+        trial.add(group, totals_bs, rows, n_sites=n_sites, prediction_sets=everything)
+        whole = trial.decide()
+        return Prediction(
+            classes=whole.classes,
+            labels=whole.labels[rows],
+            probabilities=whole.probabilities[rows],
+            margin=whole.margin[rows],
+            abstained=whole.abstained[rows],
+        )
 
     def skip(self, group: int | None) -> None:
         """Go on without a group that did not answer: its rows get nothing from it."""

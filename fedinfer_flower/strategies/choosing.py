@@ -134,6 +134,8 @@ class Choosing:
             rule or make_rule("mean-probability"), n_classes=len(space), n_sites_max=len(cards)
         )
         spent = protection.epsilon_delta(scores)
+        # An empty history is falsy.
+        history = SiteHistory() if self.history is None else self.history
         need = SelectionNeed(
             classes=space,
             n_queries=n_queries,
@@ -146,12 +148,11 @@ class Choosing:
             epsilon_per_query=None if spent is None else spent[0],
             group_size=max(3, protection.min_cohort),
             reply_bytes=protection.payload_bytes(scores, n_queries),
+            epoch=history.next_epoch,
             now_s=time.time(),
             # Sites must not be able to foresee lots.
             seed=secrets.randbits(63),
         )
-        # An empty history is falsy.
-        history = SiteHistory() if self.history is None else self.history
         candidates = history.candidates({SiteId(n): card for n, card in cards.items()})
         plan = plan_query(
             candidates, need, selector=selector, gates=self.gates, request_bytes=request_bytes

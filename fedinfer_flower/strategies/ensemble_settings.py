@@ -110,7 +110,7 @@ class EnsembleSettings(InferenceStrategy):
         """
         return cls(**(InferConfig.from_run_config(run_config).strategy_arguments() | overrides))
 
-    def needs_of(self, n_queries: int) -> dict[str, Any]:
+    def needs_of(self, n_queries: int, request_bytes: int = 0) -> dict[str, Any]:
         """Return what `Choosing.plan` has to know of a job."""
         return {
             "at_least": max(self.min_query_nodes, self.protection.min_cohort, self.deadline.quorum),
@@ -118,6 +118,7 @@ class EnsembleSettings(InferenceStrategy):
             "protection": self.protection,
             "classes": self.classes,
             "n_queries": n_queries,
+            "request_bytes": request_bytes,
             "timeout_s": self.deadline.timeout_s,
         }
 

@@ -281,10 +281,14 @@ class _SameSites(FedEnsemble):
         """Onboard anew for the next job."""
         self._kept = None
 
-    def configure_onboarding(self, grid: Grid, run_id: int, *, n_queries: int = 1) -> Onboarding:
+    def configure_onboarding(
+        self, grid: Grid, run_id: int, *, n_queries: int = 1, request_bytes: int = 0
+    ) -> Onboarding:
         """Onboard, unless it is done for this job."""
         if self._kept is None or self._run_id != run_id:
-            self._kept = super().configure_onboarding(grid, run_id, n_queries=n_queries)
+            self._kept = super().configure_onboarding(
+                grid, run_id, n_queries=n_queries, request_bytes=request_bytes
+            )
         needed = max(self.min_query_nodes, self.protection.min_cohort, self.deadline.quorum)
         if len(self._cards) < needed:
             raise NotEnoughNodesError(

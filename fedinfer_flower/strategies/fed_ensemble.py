@@ -32,6 +32,7 @@ from fedinfer_flower.strategies.result import InferenceResult
 from fedinfer_flower.strategies.sealed import (
     batches_of,
     n_queries_of,
+    request_bytes_of,
 )
 from fedinfer_flower.wire import messages
 from fedinfer_flower.wire.actions import PREDICT, message_type
@@ -119,10 +120,12 @@ class FedEnsemble(EnsembleSettings):
 
     # -- the verbs ---------------------------------------------------------------------
 
-    def configure_onboarding(self, grid: Grid, run_id: int, *, n_queries: int = 1) -> Onboarding:
+    def configure_onboarding(
+        self, grid: Grid, run_id: int, *, n_queries: int = 1, request_bytes: int = 0
+    ) -> Onboarding:
         """Wait for nodes, collect their profiles, and choose whom to ask.
 
-        `n_queries` is what a budget has to cover.
+        `n_queries` is what a budget has to cover; the bytes are for the plan alone.
         """
         node_ids = wait_for_nodes(
             grid,
@@ -141,7 +144,7 @@ class FedEnsemble(EnsembleSettings):
         self._cards, self._chosen = self.choosing.choose(
             onboarding.cards,
             onboarding.failures,
-            **self.needs_of(n_queries),
+            **self.needs_of(n_queries, request_bytes),
         )
         self._onboarded = onboarding
         return onboarding
@@ -165,10 +168,15 @@ class FedEnsemble(EnsembleSettings):
         """The sites that were chosen at onboarding, by node id."""
         return dict(self._cards)
 
-    def plan(self, grid: Grid, *, n_queries: int) -> QueryPlan:
-        """Return whom `start` would ask, why, and at what cost; only profiles are fetched."""
-        self.configure_onboarding(grid, _run_id(grid), n_queries=n_queries)
-        needs = self.needs_of(n_queries)
+    def plan(self, grid: Grid, *, n_queries: int, request_bytes: int = 0) -> QueryPlan:
+        """Return whom `start` would ask, why, and at what cost; only profiles are fetched.
+
+        `start` asks these sites, if it follows in the same run.
+        """
+        self.configure_onboarding(
+            grid, _run_id(grid), n_queries=n_queries, request_bytes=request_bytes
+        )
+        needs = self.needs_of(n_queries, request_bytes)
         return (self._chosen or self.choosing.plan(self._cards, **needs)).plan
 
     def configure_query(
@@ -262,7 +270,9 @@ class FedEnsemble(EnsembleSettings):
         log.info("%s", self.summary())
         run_id = _run_id(grid)
         if self._onboarded is None or self._run_id != run_id:
-            self.configure_onboarding(grid, run_id, n_queries=n_queries_of(job))
+            self.configure_onboarding(
+                grid, run_id, n_queries=n_queries_of(job), request_bytes=request_bytes_of(job)
+            )
         onboarding, self._onboarded = self._onboarded, None
         result = self.ask_cohort(
             grid,
@@ -324,7 +334,9 @@ class FedEnsemble(EnsembleSettings):
             reports.append(report)
             if progress is not None:
                 progress(sum(b.n_queries for b in batches), n_queries_of(job))
-        self.choosing.remember(prepared.cards, seconds_of(reports))
+        self.choosing.remember(
+            prepared.cards, seconds_of(reports, timeout_s=self.deadline.timeout_s)
+        )
         return result_of(
             job,
             prepared,

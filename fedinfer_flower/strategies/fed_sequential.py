@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,7 @@ from flwr.serverapp import Grid
 from fedinfer_flower.errors import ConfigError, InvalidValueError, QueryError
 from fedinfer_flower.planning.label_space import class_totals, shared_classes
 from fedinfer_flower.planning.question import choose_rule
-from fedinfer_flower.planning.rounding import require_exact, rounding
+from fedinfer_flower.planning.rounding import require_exact, require_sets, rounding
 from fedinfer_flower.query import Prediction, SiteId
 from fedinfer_flower.selection.base import Selector, make_selector
 from fedinfer_flower.selection.plan import QueryPlan
@@ -28,6 +29,8 @@ from fedinfer_flower.wire.directory import SiteCard
 __all__ = ["FedSequential", "SequentialResult"]
 
 log = logging.getLogger("fedinfer_flower.coordinator")
+
+Sets = Callable[[Prediction], npt.NDArray[np.bool_]]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -86,6 +89,10 @@ class FedSequential:
     ----------
     selector : str or Selector
         A sequential one: "early-exit" or "cascade".
+    sets : callable, optional
+        From a Prediction to a bool array of shape (n_queries, n_classes): classes that are
+        not ruled out, such as `ConformalPredictor.sets`. For ``stop="set"``, which asks one
+        more group while more than one is left.
     **options
         As for `FedEnsemble`, but `fraction_query` and `evidence`. The deadline is that of one
         group, and its quorum too.
@@ -109,7 +116,13 @@ class FedSequential:
     'FedSequential: selector early-exit'
     """
 
-    def __init__(self, *, selector: str | Selector = "early-exit", **options: Any) -> None:
+    def __init__(
+        self,
+        *,
+        selector: str | Selector = "early-exit",
+        sets: Sets | None = None,
+        **options: Any,
+    ) -> None:
         picked = make_selector(selector) if isinstance(selector, str) else selector
         if not isinstance(picked, SequentialSelector):
             raise ConfigError(
@@ -127,6 +140,8 @@ class FedSequential:
         self.selector = picked
         self.ensemble = FedEnsemble(**options)
         require_exact(picked, self.ensemble.protection)
+        require_sets(picked, given=sets is not None)
+        self.sets = sets
         self.ensemble.choosing = Choosing.from_options(
             selector=picked, at_most=at_most, fraction=1.0, **choosing
         )
@@ -208,7 +223,9 @@ class FedSequential:
         result = ensemble.ask_cohort(grid, job, querier, cards=here, all_cards=here, weighed=cards)
         assert querier is not None  # noqa: S101  an array is asked and opened here
         n_sites = min(batch.n_sites for batch in result.combined.batches)
-        answer.add(answer.group, querier.totals(result.combined), rows, n_sites=n_sites)
+        totals = querier.totals(result.combined)
+        sets = None if self.sets is None else self.sets(answer.preview(totals, n_sites=n_sites))
+        answer.add(answer.group, totals, rows, n_sites=n_sites, prediction_sets=sets)
         return result
 
     def summary(self) -> str:

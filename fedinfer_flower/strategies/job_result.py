@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from fedinfer_flower.privacy.base import Protection
-from fedinfer_flower.query import QueryReport
+from fedinfer_flower.query import QueryReport, SiteStatus
 from fedinfer_flower.receipts.statement import SignedStatement
 from fedinfer_flower.selection.plan import QueryPlan
 from fedinfer_flower.settlement.book import EvidenceBook
@@ -80,10 +80,18 @@ def result_of(
     )
 
 
-def seconds_of(reports: Sequence[QueryReport]) -> dict[int, float]:
-    """Return the longest wait for each site that answered, by node id."""
+def seconds_of(reports: Sequence[QueryReport], *, timeout_s: float) -> dict[int, float]:
+    """Return the longest wait for each site, by node id.
+
+    A site that was late counts as twice the deadline: it is to be told from one that just
+    made it, and how late it would have been nobody knows.
+    """
     waits: dict[int, float] = {}
     for report in reports:
-        for site in report.answered:
-            waits[site.site_id] = max(waits.get(site.site_id, 0.0), site.seconds)
+        for site in report.sites:
+            if site.status is SiteStatus.FAILED:
+                continue
+            late = site.status is SiteStatus.LATE
+            waited = 2.0 * timeout_s if late else site.seconds
+            waits[site.site_id] = max(waits.get(site.site_id, 0.0), waited)
     return waits

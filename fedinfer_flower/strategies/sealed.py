@@ -14,7 +14,14 @@ from fedinfer_flower.wire.documents import QueryJob
 from fedinfer_flower.wire.messages import Question
 from fedinfer_flower.wire.sealed_job import SealedBatch, SealedJob
 
-__all__ = ["batches_of", "n_queries_of", "sealed_rule", "sealed_template", "seated"]
+__all__ = [
+    "batches_of",
+    "n_queries_of",
+    "request_bytes_of",
+    "sealed_rule",
+    "sealed_template",
+    "seated",
+]
 
 
 def seated(
@@ -92,6 +99,13 @@ def batches_of(
             yield batch.query_id, batch
     else:
         yield from job.batches()
+
+
+def request_bytes_of(job: QueryJob | SealedJob) -> int:
+    """Return the bytes of a job's rows, as they travel to each site."""
+    if isinstance(job, SealedJob):
+        return sum(len(batch.sealed.body) for batch in job.batches)
+    return int(job.inputs.nbytes)
 
 
 def n_queries_of(job: QueryJob | SealedJob) -> int:

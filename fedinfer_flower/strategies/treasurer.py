@@ -230,8 +230,7 @@ class Treasurer:
         """Add scores and reputation to the history: an epoch is one observation."""
         if self.history is None:
             return
-        settled = [epoch for r in self.history.records.values() for epoch, _ in r.merits]
-        epoch = 1 + max(settled, default=0)
+        epoch = self.history.next_epoch
         least = _NOISE_DEVIATIONS * settlement.noise_scale
         for key_id, value in settlement.values.items():
             self.history.record_merit(key_id, epoch, value)

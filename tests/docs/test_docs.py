@@ -224,3 +224,26 @@ def test_querier_ask_options_of_command_line_page_are_those_of_the_command():
     table = text.partition("## `fedinfer querier ask`")[2].partition("\n\nHow")[0]
     cells = re.findall(r"^\| (`--[^|]+) \|", table, flags=re.M)
     assert {o for cell in cells for o in re.findall(r"`(--[\w-]+)`", cell)} == options
+
+
+def test_gate_and_selector_tables_of_how_to_are_those_of_the_code():
+    import dataclasses
+
+    from fedinfer_flower.selection import SELECTORS
+    from fedinfer_flower.selection.gates import GATES
+
+    text = (DOCS / "how-to" / "choose-collaborators.md").read_text()
+    gates = text.partition("## Gates\n")[2].partition("\n## ")[0]
+    rows = dict(re.findall(r"^\| `([\w-]+)` \| ([^|]*) \|", gates, flags=re.M))
+    named = {gate: set(re.findall(r"`(\w+)`", cell)) for gate, cell in rows.items()}
+    assert named == {
+        name: {field.name for field in dataclasses.fields(GATES.get(name))}
+        for name in GATES.names()
+    }
+    selectors = text.partition("## Selectors\n")[2].partition("\n\nWithout what")[0]
+    cells = re.findall(r"^\| (`[^|]+) \|", selectors, flags=re.M)
+    assert {n for cell in cells for n in re.findall(r"`([\w-]+)`", cell)} == {
+        name
+        for name in SELECTORS.names()
+        if SELECTORS.get(name).__module__.startswith("fedinfer_flower.")
+    }

@@ -126,6 +126,26 @@ def test_lossless_under_noise_is_refused_when_built():
         FedSequential(selector=selector, protection="secagg+dp", rule="mean-probability")
 
 
+def test_stopping_by_sets_asks_one_more_group_while_two_classes_are_left(grid):
+    def sets(prediction):
+        # All classes within 0.3 of the best: few rows have one class after three sites.
+        top = prediction.probabilities.max(axis=1, keepdims=True)
+        return prediction.probabilities > top - 0.3
+
+    selector = make_selector("early-exit", {"stop": "set", "least_groups": 1})
+    result = sequential(selector=selector, sets=sets).start(grid, ROWS)
+
+    went_on = result.n_sites_asked == N_SITES
+    assert 0 < went_on.sum() < len(ROWS)
+    first = result.groups[0].prediction
+    np.testing.assert_array_equal(sets(first).sum(axis=1) > 1, went_on)
+
+
+def test_stopping_by_sets_without_any_is_refused_when_built():
+    with pytest.raises(ConfigError, match="prediction sets"):
+        FedSequential(selector=make_selector("early-exit", {"stop": "set"}))
+
+
 def test_querier_elsewhere_asks_in_groups_under_seal(grid, whole):
     strategy = FedEnsemble(protection="secagg", min_available_nodes=N_SITES)
     asker = SequentialQuerier(
