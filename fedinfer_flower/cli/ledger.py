@@ -121,7 +121,7 @@ def settle(
     accounts: Annotated[
         Path | None, typer.Option(help="JSON: account by key id; default: the key id itself")
     ] = None,
-    pins: Annotated[Path | None, typer.Option(help="TOML with [sites]")] = None,
+    pins: Annotated[Path | None, typer.Option(help="TOML with \\[sites]")] = None,
     file: LedgerFile = None,
     as_json: AsJson = False,
 ) -> None:

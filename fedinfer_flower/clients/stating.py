@@ -69,6 +69,7 @@ def signed_statement(
         record_epsilon=profile.record_epsilon,
         record_delta=profile.record_delta,
         payload_digest=hashlib.sha256(answer.payload).hexdigest(),
+        evidence=asked.evidence if answer.evidence else "",
         issued_at=int(now_s),
     )
     return statement.sign(memory.identity)

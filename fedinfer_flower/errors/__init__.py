@@ -153,3 +153,7 @@ __all__ = [
     "UntrustedKeyError",
     "error_class",
 ]
+
+for _name in __all__:
+    # A traceback names the class by the path from which users import it.
+    globals()[_name].__module__ = __name__

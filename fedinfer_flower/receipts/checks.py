@@ -48,6 +48,9 @@ MAX_ITEMS: Final = 100_000
 MAX_TIME: Final = 2**40
 """Seconds since 1970; the year 36812."""
 
+EVIDENCE_FORMS: Final = ("", "clear", "shares", "ckks")
+"""Of `settlement.forms.EvidenceForm`, and none."""
+
 
 def hex_bytes(plain: Mapping[str, Json], name: str, *, n_bytes: int) -> bytes:
     """Read exactly `n_bytes` bytes in lower-case hex."""
@@ -112,6 +115,8 @@ def wrong_fields(statement: SiteStatement) -> Iterator[str]:
         value = getattr(statement, name)
         if value and not HEX.fullmatch(value):
             yield name
+    if statement.evidence not in EVIDENCE_FORMS:
+        yield "evidence"
     for name in ("protection", "rule"):
         if not NAME.fullmatch(getattr(statement, name)):
             yield name

@@ -14,6 +14,8 @@ from typing import Final
 from fedinfer_flower.errors import EnvelopeError, InvalidValueError, UnknownNameError
 from fedinfer_flower.receipts.disclosure_texts import (
     ANSWER,
+    EVERY,
+    EVIDENCE,
     IN_CLEAR,
     QUERY,
     UNLESS_PINNED,
@@ -117,7 +119,8 @@ def disclosures(
         that it cannot read.
     options : mapping, optional
         Options that change the table: ``self_mask`` of `secagg`, ``epsilon`` of the query
-        under `split`, and ``allow_coordinator_key``. Others are ignored.
+        under `split`, ``allow_coordinator_key``, and ``evidence``, the form of second copies
+        for a settlement. Others are ignored.
 
     Raises
     ------
@@ -143,6 +146,9 @@ def disclosures(
         answer[Party.COORDINATOR] = answer[Party.QUERIER] = answer[Party.POOLED]
         answer[Party.ACTIVE_COORDINATOR] = answer[Party.ACTIVE_POOLED]
         query[Party.COORDINATOR] = query[Party.ACTIVE_COORDINATOR] = IN_CLEAR
+    for party, text in EVIDENCE.get(str(given.get("evidence", "")), {}).items():
+        if not answer[party].startswith(EVERY):
+            answer[party] = f"{answer[party]}; {text}"
     lines = [
         DisclosureLine(about="answer", party=party.value, learns=_by_sealing(answer[party], sealed))
         for party in Party

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from enum import StrEnum
 from typing import Final
 
-__all__ = ["ANSWER", "IN_CLEAR", "QUERY", "UNLESS_PINNED", "Party"]
+__all__ = ["ANSWER", "EVERY", "EVIDENCE", "IN_CLEAR", "QUERY", "UNLESS_PINNED", "Party"]
 
 
 class Party(StrEnum):
@@ -25,7 +25,8 @@ class Party(StrEnum):
     MALICIOUS_SITE = "malicious site"
 
 
-_EVERY: Final = "every answer"
+EVERY: Final = "every answer"
+_EVERY: Final = EVERY
 _POISON: Final = "not the others' answers; can send any answer within its rule's bound"
 _UNSEEN_POISON: Final = (
     "not the others' answers; can send any answer, which nobody sees, also beyond its rule's"
@@ -273,3 +274,25 @@ QUERY: Final[Mapping[str, Mapping[str, str]]] = {
     },
 }
 """Variant to party to phrase."""
+
+_ROW_SUM: Final = "once settled, which rows were audits, and one weighted sum over them a site"
+_TOTALS: Final = "the sum of the second copies over all sites, a row"
+
+EVIDENCE: Final[Mapping[str, Mapping[Party, str]]] = {
+    "clear": {},
+    "shares": {
+        Party.COORDINATOR: _ROW_SUM,
+        Party.QUERIER: _TOTALS,
+        Party.POOLED: f"{EVERY}, from the second copies",
+        Party.ACTIVE_COORDINATOR: _ROW_SUM,
+        Party.ACTIVE_POOLED: f"{EVERY}, from the second copies",
+    },
+    "ckks": {
+        Party.COORDINATOR: _ROW_SUM,
+        Party.QUERIER: _TOTALS,
+        Party.POOLED: f"{EVERY}, from the second copies",
+        Party.ACTIVE_COORDINATOR: "once settled, single answers, up to the querier's noise",
+        Party.ACTIVE_POOLED: f"{EVERY}, from the second copies",
+    },
+}
+"""Form of evidence for a settlement to party to what that adds."""

@@ -194,6 +194,7 @@ class Receipt:
         """
         options = dict(self.protection_options)
         options["allow_coordinator_key"] = self.key_at_coordinator
+        options["evidence"] = max((s.statement.evidence for s in self.statements), default="")
         return disclosures(self.protection, sealed=self.query_sealed, options=options)
 
     def signed_by(self, coordinator: Identity) -> Receipt:

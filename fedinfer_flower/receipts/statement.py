@@ -47,7 +47,7 @@ __all__ = [
     "cohort_digest",
 ]
 
-STATEMENT_VERSION: Final = 1
+STATEMENT_VERSION: Final = 2
 STATEMENT_DOMAIN: Final = "receipt-statement"
 MAX_STATEMENT_BYTES: Final = 65_536
 
@@ -130,6 +130,8 @@ class SiteStatement:
         The site's claim about one training record of its model; None without one.
     payload_digest : str
         SHA-256, in hex, of the payload that left the site.
+    evidence : str
+        Form of a second copy that left with it, for a settlement; empty for none.
     issued_at : int
         UTC, seconds since 1970, by the site's clock.
 
@@ -171,6 +173,7 @@ class SiteStatement:
     record_epsilon: float | None = None
     record_delta: float | None = None
     payload_digest: str
+    evidence: str = ""
     issued_at: int
 
     def __post_init__(self) -> None:
@@ -221,6 +224,7 @@ class SiteStatement:
         try:
             return cls(
                 **simple,
+                evidence=read.text(plain, "evidence", max_chars=16),
                 charge=read_charge(plain, "charge"),
                 run_id=read.whole(plain, "run_id", low=0, high=2**64 - 1),
                 query_sealed=read.flag(plain, "query_sealed"),

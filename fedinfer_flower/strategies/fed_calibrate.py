@@ -123,15 +123,24 @@ class FedCalibrate:
         ----------
         grid : Grid
         public_key : bytes
-            The querier's, of ``protection.make_keys()``; empty for protections without.
+            The querier's, of ``protection.make_keys()``; empty under `plain` and `dp` alone.
 
         Raises
         ------
         KeyAtCoordinatorError
             If the secret key of a protection that needs one is in this process.
+        InvalidValueError
+            Without a public key where one is needed.
         NotEnoughNodesError, QuorumNotMetError
             If too few sites are there or answer.
         """
+        if (self.protection.needs_roster or self.protection.needs_key) and not public_key:
+            raise InvalidValueError(
+                f"histograms under {self.protection.name!r} are for whoever holds a key, and no"
+                " public key was given",
+                hint="start(grid, public_key=keys.public_key), of the querier's"
+                " protection.make_keys()",
+            )
         key_id = key_id_of(public_key)
         here = self.protection.needs_key and secret_in_process(key_id)
         if here and not self.allow_coordinator_key:

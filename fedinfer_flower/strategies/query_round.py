@@ -197,6 +197,7 @@ class QueryRound:
             (said.cohort_digest, cohort_digest(self.asked.roster.key_ids)),
             (said.min_cohort, self._protection.min_cohort),
             (said.payload_digest, hashlib.sha256(payload).hexdigest()),
+            (bool(said.evidence), bool(envelope.section("evidence"))),
         )
         if any(is_said != is_so for is_said, is_so in facts):
             raise BindingError("the site's statement is about another answer than it sent")

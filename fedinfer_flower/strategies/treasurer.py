@@ -173,6 +173,11 @@ class Treasurer:
             self._remember(settlement)
         return tuple(made)
 
+    def _least(self, settlement: Settlement) -> float:
+        """Return the score above which something was earned, and not only noise."""
+        noise = np.array([_NOISE_DEVIATIONS * settlement.noise_scale])
+        return float(shrink(noise, settlement.n_audits, prior_audits=self._prior_audits)[0])
+
     def _is_open(self, job_id: str) -> bool:
         state = self.escrow.state(job_id)
         return state is not None and state.status is Status.OPEN
@@ -208,7 +213,7 @@ class Treasurer:
                 f"the site with key {missing[0][:16]} earned something and has signed no answer",
                 hint="settle and pay jobs that the same sites answered",
             )
-        if scores.max() > 0.0:
+        if scores.max() > self._least(settlement):
             payout = self.payment.pay(scores, fee=fee)
         else:  # nobody earned anything: a rule that always pays out would pay everybody
             payout = Payout(paid=(0,) * len(key_ids), refund=fee, fee=fee)

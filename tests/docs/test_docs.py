@@ -1,5 +1,7 @@
 """The documentation keeps up with the code: links, tables, examples, error codes."""
 
+import dataclasses
+import json
 import re
 from pathlib import Path
 
@@ -155,8 +157,6 @@ def test_threat_model_has_a_row_for_every_way_that_language_models_help():
 
 
 def test_policy_table_of_refine_page_names_fields_with_their_defaults():
-    import dataclasses
-
     from fedinfer_flower.clients.language_policy import LanguagePolicy
 
     defaults = {f.name: f.default for f in dataclasses.fields(LanguagePolicy)}
@@ -227,8 +227,6 @@ def test_querier_ask_options_of_command_line_page_are_those_of_the_command():
 
 
 def test_gate_and_selector_tables_of_how_to_are_those_of_the_code():
-    import dataclasses
-
     from fedinfer_flower.selection import SELECTORS
     from fedinfer_flower.selection.gates import GATES
 
@@ -247,3 +245,43 @@ def test_gate_and_selector_tables_of_how_to_are_those_of_the_code():
         for name in SELECTORS.names()
         if SELECTORS.get(name).__module__.startswith("fedinfer_flower.")
     }
+
+
+def _options_of_page(page, heading):
+    """Return option names and defaults by name, of the table under a heading."""
+    text = (DOCS / "reference" / page).read_text().partition(f"\n## {heading}\n")[2]
+    table = text.partition("\n## ")[0]
+    rows = re.findall(r"^\| `([\w-]+)` \|(.*)$", table, flags=re.M)
+    return {name: dict(re.findall(r"`(\w+)=([^`]+)`", cells)) for name, cells in rows}
+
+
+def _options_of_registry(registry):
+    ours = [n for n in registry.names() if registry.get(n).__module__.startswith("fedinfer_")]
+    return {
+        name: {f.name: json.dumps(f.default) for f in dataclasses.fields(registry.get(name))}
+        for name in ours
+    }
+
+
+@pytest.mark.parametrize(
+    ("page", "heading"),
+    [
+        ("selectors.md", "Selectors"),
+        ("selectors.md", "Gates"),
+        ("schemes.md", "Schemes"),
+        ("schemes.md", "Payment rules"),
+    ],
+)
+def test_reference_table_has_every_name_with_its_options(page, heading):
+    from fedinfer_flower.incentives.base import SCHEMES
+    from fedinfer_flower.incentives.payments.base import PAYMENTS
+    from fedinfer_flower.selection.base import SELECTORS
+    from fedinfer_flower.selection.gates.base import GATES
+
+    registries = {
+        "Selectors": SELECTORS,
+        "Gates": GATES,
+        "Schemes": SCHEMES,
+        "Payment rules": PAYMENTS,
+    }
+    assert _options_of_page(page, heading) == _options_of_registry(registries[heading])

@@ -161,3 +161,14 @@ def test_reference_names_every_field_of_receipt_and_statement():
         cells = re.findall(r"^\| (`\w+`(?:, `\w+`)*) \|", part, flags=re.M)
         named = {name for cell in cells for name in re.findall(r"\w+", cell)}
         assert named == {"version"} | {spec.name for spec in dataclasses.fields(cls)}
+
+
+def test_second_copies_are_said_to_open_everything_to_who_pools():
+    def pooled(**options):
+        lines = disclosures("secagg", sealed=True, options=options)
+        return next(x.learns for x in lines if x.party == "coordinator and querier pooling")
+
+    assert "every answer" not in pooled()
+    for form in ("shares", "ckks"):
+        assert "every answer, from the second copies" in pooled(evidence=form)
+    assert pooled(evidence="") == pooled()

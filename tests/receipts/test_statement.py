@@ -63,6 +63,7 @@ OTHER_VALUE = {
     "record_epsilon": 1.0,
     "record_delta": 1e-9,
     "payload_digest": "1" * 64,
+    "evidence": "shares",
     "issued_at": 1_899_999_999,
 }
 
@@ -226,7 +227,7 @@ def test_statement_that_is_too_long_is_neither_written_nor_read():
 
 def test_statement_of_another_version_is_refused():
     plain = STATEMENT.to_dict()
-    for version in (2, True, "1", None, 1.0):
+    for version in (1, 3, True, "2", None, 2.0):
         with pytest.raises(UnsupportedVersionError):
             SiteStatement.from_bytes(json.dumps(plain | {"version": version}).encode())
 
@@ -265,6 +266,7 @@ def test_statement_of_another_version_is_refused():
         ("record_epsilon", float("nan")),
         ("record_delta", None),
         ("payload_digest", ""),
+        ("evidence", "both"),
         ("issued_at", -1),
         ("issued_at", 1.5),
     ],

@@ -167,6 +167,13 @@ def test_evidence_adds_up_to_the_answer(grid):
     theirs.check_against_answer(dict(zip(asked, np.split(totals, ends), strict=True)))
 
 
+def test_receipt_says_that_second_copies_left_the_sites(grid):
+    result = asked_under(grid, "secagg")[3]
+    assert {s.statement.evidence for s in result.receipt.statements} == {"shares"}
+    pooled = [x for x in result.receipt.who_can_learn_what if "pooling" in x.party]
+    assert any("from the second copies" in line.learns for line in pooled)
+
+
 def test_coordinator_that_sees_every_answer_settles_alone(grid):
     strategy = FedEnsemble(
         rule="mean-probability", protection="plain", evidence=True, min_available_nodes=N_SITES

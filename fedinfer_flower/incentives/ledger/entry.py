@@ -59,7 +59,7 @@ class Draft:
     >>> Draft(kind="transfer", key="k1", amounts={"a": -5, "b": 4})
     Traceback (most recent call last):
     ...
-    fedinfer_flower.errors.config.InvalidValueError: FI202 InvalidValueError: postings sum to 0
+    fedinfer_flower.errors.InvalidValueError: FI202 InvalidValueError: postings sum to 0
     """
 
     kind: str

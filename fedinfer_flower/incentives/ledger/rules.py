@@ -52,7 +52,7 @@ def step(state: State | None, draft: Draft, *, at: int) -> State | None:
     >>> step(None, gift, at=0)  # doctest: +ELLIPSIS
     Traceback (most recent call last):
     ...
-    fedinfer_flower.errors.query.LedgerError: FI412 ... kind 'gift' cannot do this
+    fedinfer_flower.errors.LedgerError: FI412 ... kind 'gift' cannot do this
     """
     if not KIND.fullmatch(draft.kind) or not ROW_KEY.fullmatch(draft.key):
         raise LedgerError("an entry's kind or key is none")
