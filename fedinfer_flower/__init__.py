@@ -20,28 +20,42 @@ if TYPE_CHECKING:
     from fedinfer_flower.privacy.site_budget import BudgetPolicy
     from fedinfer_flower.querier import Querier
     from fedinfer_flower.querier.language_querier import LanguageQuerier
+    from fedinfer_flower.querier.sequential_querier import SequentialQuerier
     from fedinfer_flower.query import Deadline, Prediction
+    from fedinfer_flower.selection.history import SiteHistory
     from fedinfer_flower.strategies import FedEnsemble, InferenceResult, InferenceStrategy
+    from fedinfer_flower.strategies.fed_calibrate import FedCalibrate
+    from fedinfer_flower.strategies.fed_coalitions import FedCoalitions
     from fedinfer_flower.strategies.fed_decode import FedDecode
+    from fedinfer_flower.strategies.fed_group_median import FedGroupMedian
     from fedinfer_flower.strategies.fed_refine import FedRefine
+    from fedinfer_flower.strategies.fed_sequential import FedSequential
+    from fedinfer_flower.strategies.fed_stack import FedStack
     from fedinfer_flower.strategies.handover import Handover
     from fedinfer_flower.strategies.mixture_of_answers import MixtureOfAnswers
+    from fedinfer_flower.strategies.treasurer import Treasurer
     from fedinfer_flower.wire.directory import Directory
     from fedinfer_flower.wire.identity import Identity
     from fedinfer_flower.wire.pins import Pins, read_pins
 
-__version__ = "0.3.0"
+__version__ = "0.4.0"
 
 _HOMES = {
     "BudgetPolicy": "fedinfer_flower.privacy.site_budget",
     "Deadline": "fedinfer_flower.query",
     "Directory": "fedinfer_flower.wire.directory",
+    "FedCalibrate": "fedinfer_flower.strategies.fed_calibrate",
+    "FedCoalitions": "fedinfer_flower.strategies.fed_coalitions",
     "FedDecode": "fedinfer_flower.strategies.fed_decode",
     "FedEnsemble": "fedinfer_flower.strategies",
+    "FedGroupMedian": "fedinfer_flower.strategies.fed_group_median",
     "FedInferError": "fedinfer_flower.errors",
     "FedRefine": "fedinfer_flower.strategies.fed_refine",
+    "FedSequential": "fedinfer_flower.strategies.fed_sequential",
+    "FedStack": "fedinfer_flower.strategies.fed_stack",
     "Handover": "fedinfer_flower.strategies.handover",
     "Identity": "fedinfer_flower.wire.identity",
+    "inference": "fedinfer_flower.clients",
     "InferenceMod": "fedinfer_flower.clients",
     "InferenceResult": "fedinfer_flower.strategies",
     "InferenceStrategy": "fedinfer_flower.strategies",
@@ -55,18 +69,25 @@ _HOMES = {
     "Pins": "fedinfer_flower.wire.pins",
     "Prediction": "fedinfer_flower.query",
     "Querier": "fedinfer_flower.querier",
-    "inference": "fedinfer_flower.clients",
     "read_pins": "fedinfer_flower.wire.pins",
+    "SequentialQuerier": "fedinfer_flower.querier.sequential_querier",
+    "SiteHistory": "fedinfer_flower.selection.history",
+    "Treasurer": "fedinfer_flower.strategies.treasurer",
 }
 
 __all__ = [
     "BudgetPolicy",
     "Deadline",
     "Directory",
+    "FedCalibrate",
+    "FedCoalitions",
     "FedDecode",
     "FedEnsemble",
+    "FedGroupMedian",
     "FedInferError",
     "FedRefine",
+    "FedSequential",
+    "FedStack",
     "Handover",
     "Identity",
     "InferenceMod",
@@ -82,6 +103,9 @@ __all__ = [
     "Pins",
     "Prediction",
     "Querier",
+    "SequentialQuerier",
+    "SiteHistory",
+    "Treasurer",
     "__version__",
     "inference",
     "read_pins",

@@ -219,6 +219,8 @@ def test_public_names_are_what_they_were():
     # A name that goes breaks its users; one that comes must be documented.
     assert set(fedinfer_flower.__all__) == {
         *("BudgetPolicy", "Directory", "Handover", "Identity", "OptionLimits", "Pins", "read_pins"),
+        *("FedCalibrate", "FedCoalitions", "FedGroupMedian", "FedSequential", "FedStack"),
+        *("SequentialQuerier", "SiteHistory", "Treasurer"),
         *("FedDecode", "FedRefine", "MixtureOfAnswers", "LanguageQuerier"),
         *("LanguageMod", "LanguagePolicy", "LanguageSite"),
         "Deadline",
