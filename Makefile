@@ -11,7 +11,7 @@ export OMP_NUM_THREADS = 1
 .PHONY: demo test test-mpc check bench clean
 
 demo: $(VENV)/.demo
-	$(BIN)/fedinfer demo
+	$(BIN)/fedinfer demo --rewards
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile

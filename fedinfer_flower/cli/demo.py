@@ -9,8 +9,8 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -19,16 +19,28 @@ import numpy.typing as npt
 
 from fedinfer_flower.cli.demo_modes import DemoMode, mode_of
 from fedinfer_flower.cli.demo_queriers import DemoQueriers
-from fedinfer_flower.ensemble.base import RULES, Disclosure
+from fedinfer_flower.cli.demo_rewards import REWARDS_STEP, DemoRewards, PaidOut, require_rewards
+from fedinfer_flower.cli.demo_selection import DemoSelection, require_selectors, selectors_of
+from fedinfer_flower.ensemble.base import RULES, Disclosure, Evidence
 from fedinfer_flower.errors import QueryError
 from fedinfer_flower.privacy.base import PROTECTIONS, Protection, make_protection
 from fedinfer_flower.privacy.legality import refusal, require_legal
 from fedinfer_flower.query import Prediction
+from fedinfer_flower.selection.base import make_selector
 from fedinfer_flower.simulation.data import Dataset
 from fedinfer_flower.simulation.engine import QUIET_ENVIRONMENT
-from fedinfer_flower.simulation.federation import ENCRYPTED_QUERY, MPC, FederationPlan, Step
+from fedinfer_flower.simulation.federation import (
+    ENCRYPTED_QUERY,
+    GROUPING,
+    MPC,
+    SEALING,
+    SETTLING,
+    FederationPlan,
+    Step,
+)
 from fedinfer_flower.simulation.institution import write_institutions
 from fedinfer_flower.simulation.joint_sites import JointSetUp
+from fedinfer_flower.simulation.rewards import FreeRider, write_free_rider
 
 __all__ = ["DemoOptions", "DemoRun", "StepOutcome", "run_federation"]
 
@@ -49,6 +61,14 @@ class DemoOptions:
     protect: str = "secagg"
     seed: int = 0
     quick: bool = False
+    rewards: bool = False
+    free_rider: bool = True
+    selector: str = ""
+
+    @property
+    def main_label(self) -> str:
+        """Label of the step whose answer is the run's."""
+        return f"protect-{self.protect}"
 
     @property
     def mode(self) -> DemoMode:
@@ -60,6 +80,9 @@ class DemoOptions:
         parts = ["fedinfer", "demo", "--dataset", self.dataset, "--sites", str(self.n_sites)]
         parts += ["--alpha", f"{self.alpha:g}", "--rule", self.rule, "--protect", self.protect]
         parts += ["--seed", str(self.seed)] + ["--quick"] * self.quick
+        parts += ["--rewards"] * self.rewards
+        parts += ["--no-free-rider"] * (self.rewards and not self.free_rider)
+        parts += ["--selector", self.selector] if self.selector else []
         return shlex.join(parts)
 
 
@@ -92,6 +115,10 @@ class DemoRun:
     dataset: Dataset
     outcomes: dict[str, StepOutcome] = field(default_factory=dict)
     seconds_total: float = 0.0
+    paid: PaidOut | None = None
+    ledger: Mapping[str, Any] = field(default_factory=dict)
+    rider: FreeRider | None = None
+    selection: DemoSelection | None = None
 
 
 def run_federation(
@@ -111,6 +138,13 @@ def run_federation(
     mode.require(options.n_sites)
     steps = demo_steps(options)
     dataset = mode.load(options.dataset, seed=options.seed)
+    if options.rewards:
+        require_rewards(
+            protect=options.protect,
+            hides_query=mode.hides_query,
+            n_sites=options.n_sites + options.free_rider,
+            n_rows=len(dataset.test_labels),
+        )
     rows = mode.rows(
         dataset.train_labels, n_sites=options.n_sites, alpha=options.alpha, seed=options.seed
     )
@@ -118,23 +152,51 @@ def run_federation(
     run = DemoRun(options=options, folder=folder, dataset=dataset)
     # The keys are made here and stay here: the federation is another process.
     queriers = DemoQueriers(steps, dataset)
-    plan = _plan(options, folder, steps, queriers)
+    events = _take_part(run, steps, queriers)
+    plan = _plan(run, steps, queriers)
     plan.write(folder)
-    _run_child(folder, progress, lambda: queriers.seal(folder, plan.joint))
+    events[SEALING] = lambda: queriers.seal(folder, plan.joint)
+    _run_child(folder, progress, events)
     for step in steps:
+        if step.settled:
+            continue
         run.outcomes[step.label] = StepOutcome(
             step=step,
             prediction=queriers.open(step, folder),
             totals=queriers.totals(step, folder),
             report=json.loads((folder / f"{step.label}.report.json").read_text()),
         )
+    if queriers.rewards is not None:
+        run.paid = queriers.rewards.pay()
+        run.ledger = queriers.rewards.book()
     run.seconds_total = time.monotonic() - start
     return run
 
 
-def _plan(
-    options: DemoOptions, folder: Path, steps: tuple[Step, ...], queriers: DemoQueriers
-) -> FederationPlan:
+def _take_part(
+    run: DemoRun, steps: tuple[Step, ...], queriers: DemoQueriers
+) -> dict[str, Callable[[], None]]:
+    """Set up who is paid and who is asked; return what the querier does at which event."""
+    options, events = run.options, dict[str, Callable[[], None]]()
+    if options.rewards:
+        if options.free_rider:
+            run.rider = FreeRider(n_classes=len(run.dataset.classes), seed=options.seed)
+            write_free_rider(run.folder / "sites", options.n_sites, run.rider)
+            queriers.riders = (f"site-{options.n_sites}",)
+        querier = queriers.of(REWARDS_STEP)
+        queriers.rewards = DemoRewards(run.dataset, querier, run.folder)
+        events[SETTLING] = queriers.rewards.settle
+    if options.selector:
+        first = selectors_of(options.selector)[0]
+        main = next(step for step in steps if step.label == options.main_label)
+        run.selection = queriers.selection = DemoSelection(first, main, run.dataset)
+        chosen = run.selection
+        events[GROUPING] = lambda: chosen.next_group(run.folder)
+    return events
+
+
+def _plan(run: DemoRun, steps: tuple[Step, ...], queriers: DemoQueriers) -> FederationPlan:
+    options, folder = run.options, run.folder
     joint = consent = pinned = None
     if options.protect == MPC:
         joint = JointSetUp.make(
@@ -152,6 +214,8 @@ def _plan(
         querier_key_ids=pinned,
         joint=joint,
         in_process=options.mode.in_process,
+        free_riders=len(queriers.riders),
+        priced=bool(options.rewards or options.selector),
     )
 
 
@@ -173,7 +237,9 @@ def demo_steps(options: DemoOptions) -> tuple[Step, ...]:
     # A worker of the engine trains a site's model when it first serves that site: a few
     # queries that are not counted, so that the figures below are of resident models.
     steps = [Step(label=f"warm-up-{i}", rule="mean-probability", sealed=sealed) for i in range(3)]
-    compared = [name for name in RULES.names() if not options.quick or name == "mean-probability"]
+    compared = [
+        name for name in compared_rules() if not options.quick or name == "mean-probability"
+    ]
     steps += [Step(label=f"rule-{name}", rule=name, sealed=sealed) for name in compared]
     for name in _compared_protections(options):
         step = Step(
@@ -191,7 +257,23 @@ def demo_steps(options: DemoOptions) -> tuple[Step, ...]:
             or not refusal(RULES.get(rule)(), _protection(step))
         ):
             steps.append(step)
-    return tuple(steps)
+    return tuple(_with_options(options, steps))
+
+
+def _with_options(options: DemoOptions, steps: list[Step]) -> Iterator[Step]:
+    """Yield the steps with what ``--selector`` and ``--rewards`` ask for."""
+    selectors = selectors_of(options.selector)
+    require_selectors(selectors, rule=options.rule, hides_query=options.mode.hides_query)
+    is_grouped = bool(selectors) and make_selector(selectors[0]).sequential
+    for step in steps:
+        yield replace(step, grouped=is_grouped and step.label == options.main_label)
+    if options.rewards:
+        yield REWARDS_STEP
+
+
+def compared_rules() -> tuple[str, ...]:
+    """Return the rules that need no training of their own."""
+    return tuple(n for n in RULES.names() if Evidence.STACK not in RULES.get(n).needs)
 
 
 def _compared_protections(options: DemoOptions) -> list[str]:
@@ -243,7 +325,9 @@ def _protection(step: Step) -> Protection:
 
 
 def _run_child(
-    folder: Path, progress: Callable[[int, int, str], None], seal: Callable[[], None]
+    folder: Path,
+    progress: Callable[[int, int, str], None],
+    events: Mapping[str, Callable[[], None]],
 ) -> None:
     environment = os.environ | QUIET_ENVIRONMENT | {"FLWR_HOME": str(folder / "flwr-home")}
     with (folder / "federation.log").open("wb") as log:
@@ -260,14 +344,15 @@ def _run_child(
             for line in child.stdout or ():
                 if line.startswith("{"):
                     event = json.loads(line)
-                    if event["label"] == "sealing queries":
-                        seal()
+                    events.get(event["label"], _nothing)()
                     progress(event["done"], event["of"], event["label"])
             code = child.wait()
         finally:
             if child.poll() is None:
                 child.terminate()
                 child.wait(timeout=30)
+            if child.stdout is not None:
+                child.stdout.close()
     plan = FederationPlan.read(folder)
     missing = [s.label for s in plan.steps if not (folder / f"{s.label}.report.json").exists()]
     if code != 0 or missing:
@@ -277,3 +362,7 @@ def _run_child(
             + "\n".join(tail),
             hint="run 'fedinfer doctor'; the whole log is federation.log in the report's folder",
         )
+
+
+def _nothing() -> None:
+    """At events that need no file of the querier's."""

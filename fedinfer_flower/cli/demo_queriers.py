@@ -9,6 +9,8 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
+from fedinfer_flower.cli.demo_rewards import DemoRewards
+from fedinfer_flower.cli.demo_selection import DemoSelection
 from fedinfer_flower.errors import ConfigError
 from fedinfer_flower.mpc.documents import MpcAnswer
 from fedinfer_flower.privacy.base import make_protection
@@ -38,10 +40,22 @@ class DemoQueriers:
     steps : sequence of Step
     dataset : Dataset
         Its test inputs are asked.
+
+    Attributes
+    ----------
+    rewards : DemoRewards, optional
+        Asks the step that is settled.
+    selection : DemoSelection, optional
+        Chooses whom the main step asks.
+    riders : tuple of str
+        Names of sites that only the settled step asks.
     """
 
     def __init__(self, steps: Sequence[Step], dataset: Dataset) -> None:
         self.identity = Identity.generate()
+        self.rewards: DemoRewards | None = None
+        self.selection: DemoSelection | None = None
+        self.riders: tuple[str, ...] = ()
         self._steps, self._dataset = steps, dataset
         self._encrypted = (
             EncryptedQuerier(depth=_DEPTH)
@@ -65,13 +79,27 @@ class DemoQueriers:
     def seal(self, folder: Path, set_up: JointSetUp | None) -> None:
         """Write the job of every step, and then ``jobs.ready``."""
         directory = Directory.from_bytes((folder / "directory.fi").read_bytes())
+        names = {card.profile.name for card in directory.cards} - set(self.riders)
+        honest = directory.only(names) if self.riders else directory
         for step in self._steps:
-            job = self._job(step, directory, folder, set_up)
+            if step.grouped:
+                self._selected().begin(honest, self.of(step))
+                continue
+            if step.settled:
+                job = self._rewarded().ask(directory)
+            else:
+                job = self._job(step, honest, folder, set_up)
             (folder / f"{step.label}.job").write_bytes(job)
         write_whole(folder / "jobs.ready", b"")
 
+    def of(self, step: Step) -> Querier:
+        """Return who asks a step."""
+        return self._queriers[step.label]
+
     def open(self, step: Step, folder: Path) -> Prediction:
         """Open the answer to a step."""
+        if step.grouped:
+            return self._selected().decide()
         data = (folder / f"{step.label}.answer").read_bytes()
         if step.protection == MPC:
             return self._asked_jointly().open(MpcAnswer.from_bytes(data))
@@ -102,8 +130,20 @@ class DemoQueriers:
         querier = self._queriers[step.label]
         if not step.sealed:
             return querier.ask(inputs, clear=True, classes=classes).to_bytes()
+        if self.selection is not None and step.label == self.selection.step.label:
+            directory = self.selection.choose(directory, querier.protection)
         sealed = querier.ask(inputs, directory=directory, classes=classes, rule=step.rule)
         return sealed.to_bytes()
+
+    def _selected(self) -> DemoSelection:
+        if self.selection is None:
+            raise ConfigError("no selector chooses for this demo")
+        return self.selection
+
+    def _rewarded(self) -> DemoRewards:
+        if self.rewards is None:
+            raise ConfigError("nothing is settled in this demo")
+        return self.rewards
 
     def _asked_encrypted(self) -> EncryptedQuerier:
         if self._encrypted is None:

@@ -15,6 +15,8 @@ from fedinfer_flower.cli.demo import (
     is_sum_rule,
 )
 from fedinfer_flower.cli.demo_privacy import privacy_results
+from fedinfer_flower.cli.demo_rewards_results import rewards_results
+from fedinfer_flower.cli.demo_selection import frontier_results, selectors_of
 from fedinfer_flower.reporting.intervals import wilson_interval
 from fedinfer_flower.simulation.data import Dataset
 from fedinfer_flower.simulation.evaluation import (
@@ -94,7 +96,7 @@ def results_of(run: DemoRun) -> dict[str, Any]:
             if label.startswith("rule-")
         ],
         "protections": [
-            _protection(outcome, truth, in_process=options.mode.in_process)
+            _protection(outcome, truth, detail=_detail(run, label, outcome))
             for label, outcome in run.outcomes.items()
             if label.startswith("protect-")
         ],
@@ -103,7 +105,31 @@ def results_of(run: DemoRun) -> dict[str, Any]:
         **privacy_results(run, chosen),
         "examples": _examples(chosen, solo, dataset),
         "warnings": _warnings(run),
+        **_further(run, chosen, solo),
     }
+
+
+def _further(run: DemoRun, chosen: StepOutcome, solo: SoloAnswers) -> dict[str, Any]:
+    """Return what ``--rewards`` and ``--selector`` add."""
+    options, found = run.options, dict[str, Any]()
+    if run.paid is not None:
+        found["rewards"] = rewards_results(run.paid, run.ledger, solo, run.dataset, rider=run.rider)
+    if run.selection is not None:
+        found["selection"] = frontier_results(
+            run.folder / "sites",
+            run.dataset,
+            options.n_sites,
+            names=selectors_of(options.selector),
+            rule=str(chosen.report["rule"]),
+            protect=options.protect,
+            seed=options.seed,
+        ) | {
+            "selector": run.selection.selector.name,
+            "sites_asked": run.selection.mean_sites_asked,
+            "plan": run.selection.plan,
+            "accuracy": chosen.prediction.accuracy(run.dataset.test_labels),
+        }
+    return found
 
 
 def _accuracy(right: int, n: int) -> dict[str, float]:
@@ -142,10 +168,18 @@ def _rule(outcome: StepOutcome, truth: Any) -> dict[str, Any]:
     }
 
 
-def _protection(outcome: StepOutcome, truth: Any, *, in_process: bool) -> dict[str, Any]:
-    first = outcome.report["reports"][0]
+def _detail(run: DemoRun, label: str, outcome: StepOutcome) -> str:
+    """Return what sets a protected answer apart from others under the same protection."""
+    if run.selection is not None and label == run.options.main_label:
+        chosen = run.selection
+        return f"{chosen.selector.name}: {chosen.mean_sites_asked:.3g} of {run.options.n_sites}"
     # Seconds of sites in one process are not those of Flower's engine.
-    detail = outcome.step.options.get("mechanism") or ("in one process" if in_process else "")
+    in_process = "in one process" if run.options.mode.in_process else ""
+    return str(outcome.step.options.get("mechanism", in_process))
+
+
+def _protection(outcome: StepOutcome, truth: Any, *, detail: str) -> dict[str, Any]:
+    first = outcome.report["reports"][0]
     name = outcome.step.protection
     return {
         "name": name,

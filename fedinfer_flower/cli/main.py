@@ -73,6 +73,7 @@ def demo(
     from fedinfer_flower.cli.demo_results import results_of
     from fedinfer_flower.cli.demo_rewards import LEDGER_FILE
     from fedinfer_flower.reporting.report import write_report
+    from fedinfer_flower.reporting.rewards_section import reward_sentences
     from fedinfer_flower.reporting.table import summary_table
 
     options = DemoOptions(
@@ -114,6 +115,8 @@ def demo(
     else:
         console.print(summary_table(results))
         console.print(_verdict(results))
+        if rewards:
+            console.print(" ".join(reward_sentences(results)), markup=False, highlight=False)
     console.print(f"Report: [bold]{report}[/bold]  (figures: {out / 'results.json'})")
 
 

@@ -7,7 +7,14 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedinfer_flower.reporting import formats, plots, privacy_plots
+from fedinfer_flower.reporting import (
+    formats,
+    plots,
+    privacy_plots,
+    rewards_plots,
+    rewards_section,
+    selection_plots,
+)
 from fedinfer_flower.reporting.answer import (
     answer_sentences,
     limit_sentences,
@@ -32,6 +39,17 @@ if TYPE_CHECKING:
 __all__ = ["write_report"]
 
 _TEMPLATE = "report.html.jinja"
+_MACROS = """
+{% macro plot(name, alt, caption) %}
+{% if name in figures %}
+<figure>
+<div class="plot scroll" role="img" aria-label="{{ alt }}">{{ figures[name] }}</div>
+<figcaption>{{ caption }}</figcaption>
+</figure>
+{% endif %}
+{% endmacro %}
+"""
+"""The template's own macro, for sections that are rendered apart from it."""
 
 
 def _environment() -> Any:
@@ -63,8 +81,40 @@ def _figures(results: Mapping[str, Any]) -> dict[str, str]:
         "epsilon": (privacy_plots.epsilon_plot, bool(privacy_plots.epsilon_lines(results))),
         "meter": (privacy_plots.meter_plot, bool(privacy_plots.meter_line(results))),
         "reliability": (plots.reliability_plot, bool(results["reliability"]["bins"])),
+        "rewards": (rewards_plots.rewards_plot, bool(results.get("rewards"))),
+        "frontier": (selection_plots.frontier_plot, bool(results.get("selection"))),
     }
     return {name: render_svg(plot, results) for name, (plot, drawn) in wanted.items() if drawn}
+
+
+def _further_sections(
+    environment: Any, results: Mapping[str, Any], figures: Mapping[str, str]
+) -> list[str]:
+    """Render the sections of what not every run has: selection and rewards."""
+    sections = []
+    if results.get("selection"):
+        sections.append(
+            _section(environment, "selection").render(
+                r=results, figures=figures, lines=selection_plots.frontier_lines(results)
+            )
+        )
+    if results.get("rewards"):
+        sections.append(
+            _section(environment, "rewards").render(
+                r=results,
+                figures=figures,
+                words=rewards_section.reward_sentences(results),
+                credits=rewards_section.as_credits,
+                riders=any(site["is_free_rider"] for site in results["rewards"]["sites"]),
+                max_paid_sites=rewards_plots.MAX_PAID_SITES,
+            )
+        )
+    return sections
+
+
+def _section(environment: Any, name: str) -> Any:
+    source = resources.files("fedinfer_flower.reporting").joinpath(f"{name}.html.jinja")
+    return environment.from_string(_MACROS + source.read_text(encoding="utf-8"))
 
 
 def _alpha_rules(results: Mapping[str, Any]) -> list[str]:
@@ -105,6 +155,7 @@ def write_report(results: Mapping[str, Any], path: Path) -> Path:
     environment = _environment()
     markup = import_extra("markupsafe").Markup
     source = resources.files("fedinfer_flower.reporting").joinpath(_TEMPLATE)
+    figures = {name: markup(svg) for name, svg in _figures(results).items()}
     page = environment.from_string(source.read_text(encoding="utf-8")).render(
         r=results,
         rows=summary_rows(results),
@@ -117,7 +168,8 @@ def write_report(results: Mapping[str, Any], path: Path) -> Path:
         epsilon_lines=privacy_plots.epsilon_lines(results),
         meter=meter_reading(results),
         meter_words=meter_sentences(results),
-        figures={name: markup(svg) for name, svg in _figures(results).items()},
+        figures=figures,
+        further=[markup(part) for part in _further_sections(environment, results, figures)],
         alpha_rules=_alpha_rules(results),
         plotted_rules=plots.plotted_rules(results),
         max_sites=plots.MAX_SITES,

@@ -28,25 +28,48 @@ from flwr.serverapp import Grid, ServerApp
 from fedinfer_flower.clients import InferenceMod
 from fedinfer_flower.clients.mpc_answering import MPC as JOINT_ACTION
 from fedinfer_flower.encrypted_query.documents import EncryptedJob
+from fedinfer_flower.ensemble.skew_check import regardless
 from fedinfer_flower.errors import QueryError
 from fedinfer_flower.mpc.documents import MpcJob
 from fedinfer_flower.mpc.session import MpcSession
 from fedinfer_flower.privacy.base import make_protection
 from fedinfer_flower.query import Deadline
+from fedinfer_flower.selection.base import make_selector
 from fedinfer_flower.simulation.engine import run_on_engine
 from fedinfer_flower.simulation.institution import Institution
 from fedinfer_flower.simulation.joint_sites import JointSetUp, JointSites, joint_report
 from fedinfer_flower.simulation.local_grid import LocalGrid
+from fedinfer_flower.simulation.rewards import PricedSites, settle_by_files
 from fedinfer_flower.strategies import FedEnsemble
 from fedinfer_flower.strategies.fed_encrypted_query import FedEncryptedQuery
 from fedinfer_flower.strategies.fed_mpc import FedMPC
 from fedinfer_flower.strategies.handover import read_job, write_whole
 from fedinfer_flower.strategies.result import InferenceResult
+from fedinfer_flower.wire.identity import Identity
+from fedinfer_flower.wire.sealed_job import SealedJob
 
-__all__ = ["ENCRYPTED_QUERY", "MPC", "FederationPlan", "Step", "main", "run_steps"]
+__all__ = [
+    "COORDINATOR_FILE",
+    "ENCRYPTED_QUERY",
+    "GROUPING",
+    "MPC",
+    "SEALING",
+    "SETTLING",
+    "FederationPlan",
+    "Step",
+    "main",
+    "run_steps",
+]
 
 ENCRYPTED_QUERY: Final = "encrypted-query"
 MPC: Final = "mpc"
+
+SEALING: Final = "sealing queries"
+GROUPING: Final = "choosing the next group"
+SETTLING: Final = "settling rewards"
+"""Events at which the parent process, the querier, has to write files."""
+
+COORDINATOR_FILE: Final = "coordinator.pub"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +87,10 @@ class Step:
         Of the protection.
     sealed : bool
         Whether only the sites can read the query.
+    settled : bool
+        Whether free riders are asked as well, and contributions are settled afterwards.
+    grouped : bool
+        Whether the querier asks one group of sites after the other.
     """
 
     label: str
@@ -71,6 +98,8 @@ class Step:
     protection: str = "plain"
     options: Mapping[str, str | int | float | bool] = field(default_factory=dict)
     sealed: bool = False
+    settled: bool = False
+    grouped: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +120,10 @@ class FederationPlan:
     in_process : bool
         Whether sites are threads of the child, over Flower's wire format, and not on
         Flower's engine.
+    free_riders : int
+        Further sites, after the others, that only settled steps ask.
+    priced : bool
+        Whether sites ask for money: see `simulation.rewards`.
     """
 
     n_sites: int
@@ -101,6 +134,13 @@ class FederationPlan:
     querier_key_ids: tuple[str, ...] | None = None
     joint: JointSetUp | None = None
     in_process: bool = False
+    free_riders: int = 0
+    priced: bool = False
+
+    @property
+    def n_nodes(self) -> int:
+        """All sites, free riders included."""
+        return self.n_sites + self.free_riders
 
     def write(self, folder: Path) -> None:
         """Write ``plan.json``."""
@@ -111,6 +151,8 @@ class FederationPlan:
             "protections": self.protections,
             "querier_key_ids": self.querier_key_ids,
             "in_process": self.in_process,
+            "free_riders": self.free_riders,
+            "priced": self.priced,
             "joint": None if self.joint is None else self.joint.to_dict(),
             "steps": [
                 {
@@ -119,6 +161,8 @@ class FederationPlan:
                     "protection": s.protection,
                     "options": dict(s.options),
                     "sealed": s.sealed,
+                    "settled": s.settled,
+                    "grouped": s.grouped,
                 }
                 for s in self.steps
             ],
@@ -145,13 +189,16 @@ def client_app(
     protections: tuple[str, ...] | None = None,
     querier_key_ids: tuple[str, ...] | None = None,
     joint: JointSetUp | None = None,
+    priced: bool = False,
+    settles: bool = False,
 ) -> ClientApp:
     """Return the app of every simulated site."""
     mod = InferenceMod(
-        Institution(folder / "sites"),
+        PricedSites(folder=folder / "sites") if priced else Institution(folder / "sites"),
         share_counts=share_counts,
         protections=protections,
         querier_key_ids=querier_key_ids,
+        agrees_to=("settlement",) if settles else (),
     )
     app = mod.attach(ClientApp())
     if joint is not None:
@@ -161,39 +208,98 @@ def client_app(
 
 def run_steps(grid: Grid, folder: Path, plan: FederationPlan) -> None:
     """Publish the directory, ask every step's job on a grid, write what comes out."""
-    directory = _strategy(plan, plan.steps[0]).directory(grid)
+    coordinator = Identity.generate()
+    write_whole(folder / COORDINATOR_FILE, coordinator.public.to_bytes())
+    directory = _strategy(plan, plan.steps[0], everyone=True).directory(grid)
     write_whole(folder / "directory.fi", directory.to_bytes())
     joint = FedMPC(deadline=Deadline(timeout_s=plan.timeout_s), min_available_nodes=plan.n_sites)
     if plan.joint is not None:
         for number, statement in enumerate(joint.collect(grid)):
             write_whole(folder / f"statement-{number}.fi", statement)
-    _tell({"done": 0, "of": len(plan.steps), "label": "sealing queries"})
+    _tell({"done": 0, "of": len(plan.steps), "label": SEALING})
     _wait_for(folder / "jobs.ready", timeout_s=plan.timeout_s)
     for number, step in enumerate(plan.steps):
-        data = (folder / f"{step.label}.job").read_bytes()
+        at = {"done": number, "of": len(plan.steps)}
         if step.protection == MPC:
-            answer, report = _ask_jointly(grid, joint, data)
+            answer, report = _ask_jointly(grid, joint, (folder / f"{step.label}.job").read_bytes())
+        elif step.grouped:
+            answer, report = b"", _ask_groups(grid, folder, plan, step, coordinator, at)
         else:
-            answer, report = _ask(grid, folder, plan, step, data)
+            answer, result = _ask(grid, folder, plan, step, step.label, coordinator)
+            report = result.to_dict()
+            if step.settled:
+                _settle(folder, plan, step, result, at)
         (folder / f"{step.label}.answer").write_bytes(answer)
         (folder / f"{step.label}.report.json").write_text(json.dumps(report))
         _tell({"done": number + 1, "of": len(plan.steps), "label": step.label})
 
 
 def _ask(
-    grid: Grid, folder: Path, plan: FederationPlan, step: Step, data: bytes
-) -> tuple[bytes, dict[str, Any]]:
+    grid: Grid,
+    folder: Path,
+    plan: FederationPlan,
+    step: Step,
+    label: str,
+    coordinator: Identity,
+) -> tuple[bytes, InferenceResult]:
+    data = (folder / f"{label}.job").read_bytes()
     result: InferenceResult
     if step.protection == ENCRYPTED_QUERY:
         strategy = FedEncryptedQuery(
-            deadline=Deadline(timeout_s=plan.timeout_s), min_available_nodes=plan.n_sites
+            deadline=Deadline(timeout_s=plan.timeout_s), min_available_nodes=plan.n_nodes
         )
         result = strategy.start(grid, EncryptedJob.from_bytes(data))
     else:
         result = _strategy(plan, step).start(grid, read_job(data))
     if result.receipt is not None:
-        (folder / f"{step.label}.receipt.json").write_bytes(result.receipt.to_bytes())
-    return result.combined.to_bytes(), result.to_dict()
+        # Whoever is to pay asks for the coordinator's signature too.
+        receipt = result.receipt.signed_by(coordinator) if step.settled else result.receipt
+        (folder / f"{label}.receipt.json").write_bytes(receipt.to_bytes())
+    return result.combined.to_bytes(), result
+
+
+def _ask_groups(
+    grid: Grid,
+    folder: Path,
+    plan: FederationPlan,
+    step: Step,
+    coordinator: Identity,
+    at: Mapping[str, int],
+) -> dict[str, Any]:
+    """Ask whichever group the querier names next, until it has enough."""
+    reports: list[dict[str, Any]] = []
+    end = folder / f"{step.label}.end"
+    while True:
+        label = f"{step.label}-{len(reports)}"
+        _tell({**at, "label": GROUPING})
+        _wait_for(folder / f"{label}.job", end, timeout_s=plan.timeout_s)
+        if end.exists():
+            break
+        answer, result = _ask(grid, folder, plan, step, label, coordinator)
+        write_whole(folder / f"{label}.answer", answer)
+        reports.append(result.to_dict())
+    # The first group is asked about every row, later ones about what is left.
+    n_bytes = sum(r["reply_bytes_per_query"] * r["queries"] for r in reports)
+    return reports[0] | {
+        "seconds": sum(r["seconds"] for r in reports),
+        "reply_bytes_per_query": n_bytes / reports[0]["queries"],
+        "degraded": any(r["degraded"] for r in reports),
+    }
+
+
+def _settle(
+    folder: Path, plan: FederationPlan, step: Step, result: InferenceResult, at: Mapping[str, int]
+) -> None:
+    job = read_job((folder / f"{step.label}.job").read_bytes())
+    if result.evidence is None or not isinstance(job, SealedJob):
+        raise QueryError(f"step {step.label!r} brought no evidence to settle")
+    write_whole(folder / f"{step.label}.answer", result.combined.to_bytes())
+
+    def wait_for(path: Path) -> None:
+        _tell({**at, "label": SETTLING})
+        _wait_for(path, timeout_s=plan.timeout_s)
+
+    settle_by_files(folder, result.evidence, job.querier, wait_for=wait_for)
 
 
 def _ask_jointly(grid: Grid, joint: FedMPC, data: bytes) -> tuple[bytes, dict[str, Any]]:
@@ -204,21 +310,27 @@ def _ask_jointly(grid: Grid, joint: FedMPC, data: bytes) -> tuple[bytes, dict[st
     return answer.to_bytes(), report
 
 
-def _strategy(plan: FederationPlan, step: Step) -> FedEnsemble:
+def _strategy(plan: FederationPlan, step: Step, *, everyone: bool = False) -> FedEnsemble:
+    # A sealed job names its sites; of others, free riders are kept out here.
+    names = ",".join(f"site-{number}" for number in range(plan.n_sites))
+    only = plan.free_riders and not (step.sealed or everyone)
     return FedEnsemble(
         # The querier picks the rule of a sealed job.
-        rule="auto" if step.sealed else step.rule,
+        # All rules are compared, also those that this much skew speaks against.
+        rule="auto" if step.sealed or step.rule == "auto" else regardless(step.rule),
         protection=make_protection(step.protection, step.options),
         deadline=Deadline(timeout_s=plan.timeout_s),
-        min_available_nodes=plan.n_sites,
+        min_available_nodes=plan.n_nodes,
+        selector=make_selector("fixed", {"sites": names}) if only else None,
+        evidence=step.settled,
     )
 
 
-def _wait_for(path: Path, *, timeout_s: float) -> None:
+def _wait_for(*paths: Path, timeout_s: float) -> None:
     end = time.monotonic() + timeout_s
-    while not path.exists():
+    while not any(path.exists() for path in paths):
         if time.monotonic() > end:
-            raise QueryError(f"{path.name} did not appear within {timeout_s:g} s")
+            raise QueryError(f"{paths[0].name} did not appear within {timeout_s:g} s")
         time.sleep(0.05)
 
 
@@ -231,11 +343,13 @@ def main(folder: Path) -> None:
         protections=plan.protections,
         querier_key_ids=plan.querier_key_ids,
         joint=plan.joint,
+        priced=plan.priced,
+        settles=any(step.settled for step in plan.steps),
     )
     # Sites that compute together wait for each other: each needs a worker.
     workers = 2 if plan.joint is None else len(plan.joint.parties)
     if plan.in_process:
-        with LocalGrid(sites, num_supernodes=plan.n_sites, workers=workers) as grid:
+        with LocalGrid(sites, num_supernodes=plan.n_nodes, workers=workers) as grid:
             run_steps(grid, folder, plan)
         return
     server_app = ServerApp()
@@ -244,7 +358,7 @@ def main(folder: Path) -> None:
     def _(grid: Grid, context: Context) -> None:  # noqa: ARG001
         run_steps(grid, folder, plan)
 
-    run_on_engine(server_app, sites, num_supernodes=plan.n_sites, num_cpus=workers)
+    run_on_engine(server_app, sites, num_supernodes=plan.n_nodes, num_cpus=workers)
 
 
 def _tell(event: Mapping[str, Any]) -> None:
