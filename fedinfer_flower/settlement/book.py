@@ -166,7 +166,8 @@ class EvidenceBook:
         if not rows:
             raise SettlementError(
                 f"no query with evidence of at least {MIN_SITES} sites",
-                hint="sites settle only where their owners agreed: InferenceMod(..., agrees_to=("settlement",))",
+                hint="sites settle only where their owners agreed:"
+                " InferenceMod(..., agrees_to=('settlement',))",
             )
         best = max(rows, key=lambda key: (rows[key], len(key[0])))
         return best[0], tuple(
