@@ -101,6 +101,7 @@ def settled(
             sites=[site.public for site in sites],
             identity=querier,
             keys=keys,
+            noise_std=0.0,
         ),
     )
     reply = watch.of("querier", lambda: opening.settle(audits))

@@ -186,6 +186,8 @@ class DemoRewards:
             form=EvidenceForm.SHARES,
             sites=[card.identity for card in directory.cards],
             identity=self._querier.identity,
+            # Exact, so that the report can compare; one user is every role here.
+            noise_std=0.0,
             min_sites=min(batch.n_sites for batch in combined.batches),
         )
         ends = np.cumsum([batch.n_queries for batch in job.batches])[:-1]

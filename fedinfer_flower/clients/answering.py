@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -54,12 +54,12 @@ class Answer:
         A second copy for settlement; empty where none was asked for.
     """
 
-    payload: bytes
+    payload: bytes = field(repr=False)
     width: int
     protection: Protection
     rule: EnsembleRule
     charged: Charged
-    evidence: bytes = b""
+    evidence: bytes = field(default=b"", repr=False)
 
 
 def answer_question(
@@ -194,6 +194,12 @@ def agreed_to_settle(
         return ""
     consent.require("settlement")
     form = agreed_form(asked.evidence, protection, sealed=sealed)
+    rows = np.ascontiguousarray(asked.inputs).reshape(asked.n_queries, -1)
+    if protection.reveals is Disclosure.SUM and len({row.tobytes() for row in rows}) < len(rows):
+        # A row sum of one row's copies is that row's answer.
+        raise ProtectionRefusedError(
+            "evidence of a batch with a row twice", hint="ask each row once, audits too"
+        )
     if form is EvidenceForm.CKKS:
         consent.require("settlement-ckks")
     return str(form.value)

@@ -18,6 +18,7 @@ from fedinfer_flower.clients.site_model import SiteModel
 from fedinfer_flower.ensemble.base import Array, softmax
 from fedinfer_flower.errors import (
     BindingError,
+    LabelSpaceError,
     ModelAnswerError,
     ModelError,
     ProtectionRefusedError,
@@ -71,6 +72,12 @@ def answer_calibration(call: SiteCall) -> Envelope:
     with contained(
         ModelAnswerError, "the held-out rows could not be scored", hint=_SEE_LOG, pass_typed=True
     ):
+        if not set(model.profile.classes) <= set(asked.classes):
+            raise LabelSpaceError(
+                "a call for calibration without some of this site's classes: what it counts"
+                " beside them would be labels",
+                hint="leave out classes=..., for the union of all sites' classes",
+            )
         inputs, labels = _held_out(model)
         place = asked.roster.place_of(memory.identity.key_id)
         if asked.roster.seats[place].commitment != model.profile.commitment():

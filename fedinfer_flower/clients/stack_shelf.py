@@ -11,16 +11,20 @@ from typing import Final, cast
 
 from flwr.app import ConfigRecord, Context
 
-from fedinfer_flower.ensemble.base import RULES
+from fedinfer_flower.ensemble.base import RULES, Disclosure
 from fedinfer_flower.ensemble.fitted import UNTRAINED, FittedAggregator, remember, require_digest
+from fedinfer_flower.ensemble.stack_participation import check_participation
 from fedinfer_flower.ensemble.stack_rule import StackRule
 from fedinfer_flower.errors import CapacityError, InvalidValueError, LabelSpaceError
+from fedinfer_flower.privacy.base import make_protection
 from fedinfer_flower.wire.messages import Question
 
-__all__ = ["MAX_STACKS", "bring_stack", "keep_stack", "kept_stack"]
+__all__ = ["MAX_STACKS", "MAX_STACK_BYTES", "bring_stack", "keep_stack", "kept_stack"]
 
 MAX_STACKS: Final = 64
-"""Kept at a site; further ones are refused."""
+"""Kept at a site; then the oldest goes. So nobody can fill the shelf for good."""
+
+MAX_STACK_BYTES: Final = 32 << 20
 
 _RECORD: Final = "fedinfer-stacks"
 _FOLDER: Final = "stacks"
@@ -32,19 +36,29 @@ def keep_stack(fitted: FittedAggregator, context: Context, folder: Path | None) 
     Raises
     ------
     CapacityError
-        If the site keeps `MAX_STACKS` already.
+        If it is larger than `MAX_STACK_BYTES`.
     """
+    data = fitted.to_bytes()
+    if len(data) > MAX_STACK_BYTES:
+        raise CapacityError(
+            f"a stack of {len(data)} bytes; this site keeps up to {MAX_STACK_BYTES}"
+        )
     if folder is None:
         record = cast(ConfigRecord, context.state.setdefault(_RECORD, ConfigRecord()))
-        _require_room(len(record), known=fitted.digest in record)
-        record[fitted.digest] = fitted.to_bytes()
+        record.pop(fitted.digest, None)
+        for digest in list(record)[: max(len(record) + 1 - MAX_STACKS, 0)]:
+            del record[digest]
+        record[fitted.digest] = data
         return
     shelf = folder / _FOLDER
     shelf.mkdir(parents=True, exist_ok=True, mode=0o700)
+    kept = sorted((p for p in shelf.iterdir() if not p.suffix), key=lambda p: p.stat().st_mtime)
+    others = [path for path in kept if path.name != fitted.digest]
+    for path in others[: max(len(others) + 1 - MAX_STACKS, 0)]:
+        path.unlink(missing_ok=True)
     path = shelf / fitted.digest
-    _require_room(len(list(shelf.iterdir())), known=path.exists())
     draft = path.with_suffix(".new")
-    draft.write_bytes(fitted.to_bytes())
+    draft.write_bytes(data)
     draft.replace(path)  # whole or not at all
 
 
@@ -95,9 +109,12 @@ def bring_stack(asked: Question, context: Context, folder: Path | None) -> None:
             "the query's classes are not those of the stack, in its order",
             hint="ask with classes=fitted.classes",
         )
+    protection = make_protection(asked.protection, dict(asked.protection_options))
+    if protection.reveals is Disclosure.SUM:
+        # Whose sum it is depends on who is asked beside whom.
+        check_participation(
+            fitted,
+            key_ids=asked.roster.key_ids,
+            least=protection.least_sites(asked.n_sites),
+        )
     remember(fitted)
-
-
-def _require_room(n_kept: int, *, known: bool) -> None:
-    if n_kept >= MAX_STACKS and not known:
-        raise CapacityError(f"this site keeps {n_kept} stacks and takes no more")

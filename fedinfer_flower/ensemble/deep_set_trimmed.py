@@ -87,6 +87,7 @@ class DeepSetTrimmed(DeepSet):
     """
 
     trim: int = option(1, low=0, high=1_000_000)
+    allow_skew: bool = False
 
     discloses = Disclosure.SCORES
 

@@ -31,7 +31,9 @@ __all__ = [
     "require_low_skew",
 ]
 
-ORDER_STATISTICS: Final = frozenset({"median", "trimmed-mean", "geometric-median", "group-median"})
+ORDER_STATISTICS: Final = frozenset(
+    {"median", "trimmed-mean", "geometric-median", "group-median", "deep-set-trimmed"}
+)
 """Rules that take the middle of the answers; `group-median` is a strategy."""
 
 COUNTS_LIMIT: Final = 0.35

@@ -20,6 +20,7 @@ Axes: K sites, B rows, C classes, S width of a score.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -131,8 +132,17 @@ def stack_scores(fitted: FittedAggregator, answers_kbc: Array) -> Array:
     return np.stack([rule.score(z, c) for z, c in zip(logits_kbc, contexts, strict=True)])
 
 
-def check_participation(fitted: FittedAggregator) -> Participation | None:
+def check_participation(
+    fitted: FittedAggregator, *, key_ids: Sequence[str] = (), least: int = 0
+) -> Participation | None:
     """Require that no site is the sum, by the parameters alone.
+
+    Parameters
+    ----------
+    key_ids : sequence of str
+        Sites that are asked; default all of the aggregator's.
+    least : int
+        Fewest of them whose sum is opened, where others may be called dropped.
 
     Returns
     -------
@@ -152,13 +162,31 @@ def check_participation(fitted: FittedAggregator) -> Participation | None:
         return None
     n_sites, n_classes = len(fitted.sites), len(fitted.classes)
     sure = np.tile(np.eye(n_classes), (n_sites, 1, 1))
-    found = participation(stack_scores(fitted, sure))
+    responses = stack_scores(fitted, sure)
+    if key_ids and fitted.kind != "deep-set":
+        responses = responses[[fitted.sites.index(k) for k in key_ids if k in fitted.sites]]
+        n_sites = len(responses)
+    found = participation(responses)
+    _check_fewest(found.share_k, least)
     limit = max(_MAX_SHARE, _SLACK / n_sites)
     if float(found.share_k.max()) > limit or found.effective < MIN_EFFECTIVE * n_sites:
         raise _refused("one site's answers would make up most of the sum")
     if n_sites > 1 and float(found.direction_k.max()) > MAX_DIRECTION:
         raise _refused("a part of the sum would be one site's answer alone")
     return found
+
+
+def _check_fewest(share_k: Array, least: int) -> None:
+    """Require that no site is the sum even where those with most part in it dropped out."""
+    if not 1 < least < len(share_k):
+        return
+    limit = max(_MAX_SHARE, _SLACK / least)
+    ascending = np.sort(share_k)
+    for own in share_k:
+        faint = ascending[: least - 1] if own > ascending[least - 2] else ascending[:least]
+        beside = float(faint.sum()) - (0.0 if own > ascending[least - 2] else float(own))
+        if own > limit * (own + beside):
+            raise _refused("among sites of which others dropped out, one would be the sum")
 
 
 def check_on_rows(fitted: FittedAggregator, answers_kbc: Array) -> Participation | None:

@@ -23,7 +23,11 @@ __all__ = ["choose_rule", "question_template", "with_batch"]
 
 
 def choose_rule(
-    rule: EnsembleRule | None, protection: Protection, profiles: Mapping[int, SiteProfile]
+    rule: EnsembleRule | None,
+    protection: Protection,
+    profiles: Mapping[int, SiteProfile],
+    *,
+    classes: tuple[str, ...] | None = None,
 ) -> tuple[EnsembleRule, str]:
     """Return (rule, reason): the one asked for, or what suits these sites.
 
@@ -59,7 +63,8 @@ def choose_rule(
     warning = require_low_skew(
         rule.name,
         list(profiles.values()),
-        shared_classes(profiles),
+        # Classes that are not asked about would hide skew in those that are.
+        classes or shared_classes(profiles),
         allow_skew=bool(rule.options().get("allow_skew", False)),
     )
     return rule, f"{reason}. {warning}" if warning else reason

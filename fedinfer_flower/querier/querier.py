@@ -193,7 +193,9 @@ class Querier:
             self._asked[job.job_id] = AskedJob(batches=batches)
             return job
         if self._pins is not None:
-            directory.require_pinned(self._pins)
+            # Who is only weighed bends the weights of all the others.
+            for shown in (directory, weighed or directory):
+                shown.require_pinned(self._pins)
         sealed = sealed_job(
             job,
             directory=directory,

@@ -69,7 +69,10 @@ def sealed_job(
     profiles = dict(enumerate(card.profile for card in directory.cards))
     asked_for = make_rule(rule) if isinstance(rule, str) and rule != "auto" else rule
     chosen, reason = choose_rule(
-        None if isinstance(asked_for, str) else asked_for, protection, profiles
+        None if isinstance(asked_for, str) else asked_for,
+        protection,
+        profiles,
+        classes=None if classes is None else tuple(classes),
     )
     require_legal(chosen, protection)
     # What is bound to a roster is combined elsewhere: by masks, or in an enclave.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import time
 from collections.abc import Callable, Sequence
 
@@ -16,7 +17,7 @@ from fedinfer_flower.planning.rounding import require_exact, require_sets, round
 from fedinfer_flower.querier.querier import Querier
 from fedinfer_flower.query import Prediction, SiteId
 from fedinfer_flower.selection.base import Selection, SelectionNeed, Selector, make_selector
-from fedinfer_flower.selection.candidate import Candidate
+from fedinfer_flower.selection.history import SiteHistory
 from fedinfer_flower.selection.sequential_selector import SequentialSelector
 from fedinfer_flower.wire.directory import Directory
 from fedinfer_flower.wire.documents import CombinedAnswer
@@ -41,6 +42,8 @@ class SequentialQuerier:
         A sequential one.
     rule : str or EnsembleRule
     classes : sequence of str, optional
+    history : SiteHistory, optional
+        Registered owners are read from it: sites of one owner never share a group.
     sets : callable, optional
         Prediction sets for ``stop="set"``; see `FedSequential`.
 
@@ -64,6 +67,7 @@ class SequentialQuerier:
         selector: str | Selector = "early-exit",
         rule: str | EnsembleRule = "auto",
         classes: Sequence[str] | None = None,
+        history: SiteHistory | None = None,
         sets: Callable[[Prediction], npt.NDArray[np.bool_]] | None = None,
     ) -> None:
         picked = make_selector(selector) if isinstance(selector, str) else selector
@@ -81,12 +85,14 @@ class SequentialQuerier:
         self._classes = shared_classes(profiles) if classes is None else tuple(classes)
         named = make_rule(rule) if isinstance(rule, str) and rule != "auto" else rule
         self._rule, _ = choose_rule(
-            None if isinstance(named, str) else named, querier.protection, profiles
+            None if isinstance(named, str) else named,
+            querier.protection,
+            profiles,
+            classes=self._classes,
         )
-        candidates = [
-            Candidate(site_id=SiteId(n), profile=card.profile, key_id=card.key_id)
-            for n, card in enumerate(directory.cards)
-        ]
+        candidates = (SiteHistory() if history is None else history).candidates(
+            {SiteId(n): card for n, card in enumerate(directory.cards)}
+        )
         need = SelectionNeed(
             classes=self._classes,
             n_queries=len(self._inputs),
@@ -95,6 +101,8 @@ class SequentialQuerier:
             at_least=querier.protection.min_cohort,
             group_size=max(3, querier.protection.min_cohort),
             now_s=time.time(),
+            # Sites must not be able to foresee lots.
+            seed=secrets.randbits(63),
         )
         self.selection: Selection = picked.select(candidates, need)
         totals, kind = class_totals(profiles, self._classes)
@@ -121,6 +129,11 @@ class SequentialQuerier:
         group = self._answer.group
         if group is None:
             return None
+        if self._asked is not None:
+            raise InvalidValueError(
+                "the last job waits for its answer: the same rows again would be a second sum",
+                hint="give its answer to add(), or call skip()",
+            )
         members = self.selection.groups[group]
         # By place and not by name: a name is a site's own claim.
         cards = tuple(self._directory.cards[int(n)] for n in sorted(members))

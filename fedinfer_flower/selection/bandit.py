@@ -173,16 +173,20 @@ class BanditSelector(Selector):
         ties_k = lots(candidates, need.seed)
         chosen: list[int] = []
         left = list(range(len(candidates)))
+        # The `top` highest values of each class among the chosen, lowest first.
+        highest = np.zeros((self.top, values_ka.shape[1]))
         while not purse.full:
             fitting = [k for k in left if purse.fits(k)]
             if not fitting:
                 break
-            worth = np.round([self._worth(values_ka[[*chosen, k]]) for k in fitting], 12)
+            gains_ka = np.maximum(values_ka[fitting] - highest[0], 0.0)
+            worth = np.round((highest.sum(axis=0) + gains_ka).mean(axis=1) / self.top, 12)
             # A site that adds nothing to any class is still judged by what it knows.
             best = fitting[int(np.lexsort((ties_k[fitting], -own[fitting], -worth))[0])]
             purse.take(best)
             chosen.append(best)
             left.remove(best)
+            highest = np.sort(np.vstack([highest, values_ka[best]]), axis=0)[1:]
         return chosen
 
     def _drawn(

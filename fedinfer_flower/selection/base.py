@@ -14,7 +14,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import ClassVar
+from typing import ClassVar, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -37,6 +37,8 @@ __all__ = [
 ]
 
 Array = npt.NDArray[np.float64]
+
+_MOST_COST: Final = 1e300
 
 
 class SiteEvidence(StrEnum):
@@ -111,7 +113,8 @@ class SelectionNeed:
 
     def cost(self, candidate: Candidate) -> float:
         """Return what one site asks for all rows."""
-        return candidate.price * self.n_queries
+        # A site may quote anything: sums over sites stay finite.
+        return min(candidate.price * self.n_queries, _MOST_COST)
 
     def room(self, n_candidates: int) -> int:
         """Return the most sites that may be asked."""

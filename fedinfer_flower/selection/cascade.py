@@ -191,7 +191,9 @@ class Cascade(SequentialSelector):
             return CascadeRoute(
                 thresholds_c=np.full(n_classes, self.tau), addons_c=np.full(n_classes, addon)
             )
-        by_name = _by_name(candidates)
+        # Gates may have refused some: the selection says who is asked.
+        asked = set(selection.site_ids)
+        by_name = _by_name([c for c in candidates if c.site_id in asked])
         place = {frozenset(ids): number for number, ids in enumerate(selection.groups)}
         there = [
             place.get(frozenset(by_name[s].site_id for s in group if s in by_name), DONE)

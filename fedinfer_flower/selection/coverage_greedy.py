@@ -5,6 +5,7 @@ Axes: K candidates, C classes.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -210,9 +211,11 @@ class CoverageGreedy(Selector):
         costs_k = np.array([need.cost(candidate) for candidate in candidates])
         charges_k = self._charges(candidates)
         ties_k = lots(candidates, need.seed)
-        # Relative to the dearest, so that no ratio overflows. A free site buys any gain at
-        # once; the floor keeps the order among free ones.
-        dearest = costs_k.max(initial=0.0)
+        # Relative to the dearest that the budget buys, so that no ratio overflows and no price
+        # that nobody pays makes all others look free. A free site buys any gain at once; the
+        # floor keeps the order among free ones.
+        most = math.inf if need.budget is None else need.budget
+        dearest = costs_k[costs_k <= most].max(initial=0.0)
         relative_k = np.maximum(costs_k / dearest if dearest > 0.0 else costs_k, 1e-9)
 
         def by_gain(gains_k: Array) -> Array:

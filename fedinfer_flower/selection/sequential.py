@@ -243,7 +243,7 @@ class SequentialAnswer:
         """Return labels, probabilities and margins from what has been added.
 
         Rows that no site answered are abstentions. Ties go by the same lots as if all sites
-        had been asked at once.
+        had been asked at once, in one batch.
         """
         totals = self._shown(np.arange(len(self._totals)))
         parts = {

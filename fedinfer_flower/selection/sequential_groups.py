@@ -83,7 +83,13 @@ def split_groups(
             hint="register the owners, raise at_most or the budget, or use a selector that"
             " asks all sites at once",
         )
-    groups[-1] += left
+    seen = {mark for place in groups[-1] for mark in _marks(candidates[place])}
+    for place in left:
+        # A second site of an owner would leave too few owners once another site drops out.
+        marks = _marks(candidates[place])
+        if not marks & seen:
+            groups[-1].append(place)
+            seen |= marks
     return groups
 
 

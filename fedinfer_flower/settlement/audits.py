@@ -121,6 +121,7 @@ def mix_audits(
     >>> mix.inputs.shape, float(mix.without(mix.inputs).sum())
     ((7, 2), 0.0)
     """
+    inputs, audit_inputs = np.asarray(inputs), np.asarray(audit_inputs)
     labels = np.asarray(audit_labels)
     if labels.shape != (len(audit_inputs),) or labels.dtype.kind not in "iu":
         raise InvalidValueError("audit_labels are one class index for each audit input")

@@ -50,6 +50,8 @@ class EvidenceBook:
     ----------
     form : EvidenceForm
         The same for everything in the book.
+    classes : tuple of str
+        Label space of the answers, in its order: that of the audits' labels.
     max_bytes : int
         Most that the book holds: 8 bytes an entry of each site's evidence in clear or in
         shares, 20 to 40 under CKKS.
@@ -68,10 +70,17 @@ class EvidenceBook:
     frozenset({'aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa'})
     """
 
-    def __init__(self, form: EvidenceForm, *, max_bytes: int = DEFAULT_MAX_BYTES) -> None:
+    def __init__(
+        self,
+        form: EvidenceForm,
+        *,
+        classes: tuple[str, ...] = (),
+        max_bytes: int = DEFAULT_MAX_BYTES,
+    ) -> None:
         if max_bytes < 1:
             raise InvalidValueError("a book's max_bytes is positive")
         self.form = EvidenceForm(form)
+        self.classes = classes
         self.max_bytes = max_bytes
         self._queries: dict[str, QueryEvidence] = {}
         self._n_bytes = 0
@@ -123,13 +132,23 @@ class EvidenceBook:
         self._queries[query_id] = entry
         self._n_bytes += len(payload)
 
+    def forget(self, query_id: str) -> None:
+        """Drop all evidence of a query; nothing happens where there is none.
+
+        For a query of which some evidence did not fit: totals over a part of the sites that
+        answered, taken from the sum over all, tell the answers of the rest.
+        """
+        entry = self._queries.pop(query_id, None)
+        if entry is not None:
+            self._n_bytes -= sum(len(payload) for payload in entry.payloads.values())
+
     def merge(self, other: EvidenceBook) -> None:
         """Take over everything in another book, of other query ids.
 
         Raises
         ------
         SettlementError
-            If it is of another form.
+            If it is of another form or label space.
         ReplayError
             If a query id is in both.
         SizeLimitError
@@ -137,6 +156,11 @@ class EvidenceBook:
         """
         if other.form is not self.form:
             raise SettlementError("evidence of two forms does not add up")
+        if other.classes != self.classes:
+            raise SettlementError(
+                "evidence of two label spaces does not add up",
+                hint="ask all jobs of an epoch with the same classes=...",
+            )
         if set(self._queries) & set(other._queries):
             raise ReplayError("two evidence books with the same query id")
         if self._n_bytes + other._n_bytes > self.max_bytes:
@@ -166,8 +190,8 @@ class EvidenceBook:
         if not rows:
             raise SettlementError(
                 f"no query with evidence of at least {MIN_SITES} sites",
-                hint="sites settle only where their owners agreed:"
-                " InferenceMod(..., agrees_to=('settlement',))",
+                hint="did the querier ask with evidence=True? Sites settle only where their owners"
+                " agreed: InferenceMod(..., agrees_to=('settlement',))",
             )
         best = max(rows, key=lambda key: (rows[key], len(key[0])))
         return best[0], tuple(

@@ -102,6 +102,12 @@ class SettlementDesk:
     ) -> None:
         if not (math.isfinite(noise_std) and noise_std >= 0.0):
             raise InvalidValueError("noise_std is a number that is not negative")
+        if not isinstance(book, EvidenceBook):
+            raise ConfigError(
+                "no evidence was collected",
+                hint="both ask for it: FedEnsemble(..., evidence=True) and"
+                " querier.ask(..., evidence=True)",
+            )
         if querier is None and book.form is not EvidenceForm.CLEAR:
             raise ConfigError(
                 f"evidence in form {book.form.value!r} is settled with a querier",
@@ -120,6 +126,7 @@ class SettlementDesk:
         self._epoch: Epoch | None = None
         self._sent: tuple[str, list[int]] | None = None
         self._done = False
+        self._replied = ""
 
     def __repr__(self) -> str:
         return f"<settlement desk, {len(self.sites)} sites, {len(self.query_ids)} query ids>"
@@ -262,6 +269,13 @@ class SettlementDesk:
         request = self.request()
         require_answer(reply, epoch_id=self._epoch_id, digest=request.digest)
         self._require_signature(reply)
+        # Of every reply that is worked out something is told, if only that it was refused.
+        if self._replied not in ("", reply.digest):
+            raise ReplayError(
+                "another reply to this epoch came before",
+                hint="leave this epoch unsettled; ask the querier why it replied twice",
+            )
+        self._replied = reply.digest
         epoch = Epoch.of(
             request,
             audits_t3=reply.audits_t3,

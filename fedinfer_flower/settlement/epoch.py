@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -118,6 +119,18 @@ class Epoch:
         """Return, of one query, (places among the audits, rows in the query)."""
         places = np.flatnonzero(self.audits_t3[:, 0] == query)
         return places, self.audits_t3[places, 1]
+
+    @property
+    def spare_bits(self) -> float:
+        """How many bits of a sure site's answers its row sum without noise leaves open.
+
+        Who knows the totals knows that a sure answer is one of the classes that total 1 or
+        more. `RowWeights.spare_bits` counts all classes, as if totals were secret.
+        """
+        slack = total_slack(self.request.form, len(self.request.sites))
+        n_open = (self.totals_tc / ONE >= 1.0 - slack).sum(axis=1)
+        open_bits = float(np.log2(np.maximum(n_open, 1)).sum())
+        return open_bits - math.log2(2.0 * max(len(n_open), 1) * ONE)
 
     def expected_sum(self) -> float:
         """Return what all sites' contributions add up to, by the totals."""

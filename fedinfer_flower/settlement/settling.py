@@ -15,7 +15,7 @@ from fedinfer_flower.errors import (
     ShapeError,
     UntrustedKeyError,
 )
-from fedinfer_flower.incentives.base import LinearScheme
+from fedinfer_flower.incentives.base import LinearScheme, likeliest
 from fedinfer_flower.privacy.noise import gaussian_integers
 from fedinfer_flower.settlement import ckks_rows
 from fedinfer_flower.settlement.audits import AuditRow
@@ -61,10 +61,11 @@ class QuerierDesk:
     min_sites : int
         Fewest sites of an epoch. Set it to the number that answered: a coordinator that
         settles a few sites of its choice has totals of these few.
-    noise_std : float
-        Gaussian noise on each row sum, in contribution units: hides single answers from
-        the coordinator too. `RowWeights.sensitivity`, what one answer can change, is a good
-        start: epsilon 4.4 for an answer at delta 1e-5. 0 for exact sums, of enough audits.
+    noise_std : float, optional
+        Gaussian noise on each row sum, in contribution units: hides single answers from the
+        coordinator too, who otherwise solves an exact sum of sure answers for who said what.
+        Default `RowWeights.sensitivity`, what one answer can change: epsilon 4.4 for an answer
+        at delta 1e-5. 0 for exact sums, of enough audits; in clear there is nothing to hide.
         Under `ckks` at least 16 times the decryption's error is added.
 
     Raises
@@ -106,9 +107,9 @@ class QuerierDesk:
         keys: SettlementKeys | None = None,
         settled_query_ids: Collection[str] = (),
         min_sites: int = MIN_SITES,
-        noise_std: float = 0.0,
+        noise_std: float | None = None,
     ) -> None:
-        if not (math.isfinite(noise_std) and noise_std >= 0.0):
+        if noise_std is not None and not (math.isfinite(noise_std) and noise_std >= 0.0):
             raise InvalidValueError("noise_std is a number that is not negative")
         require_scheme(request, scheme)
         if form is not None and request.form != form:
@@ -126,7 +127,8 @@ class QuerierDesk:
         _require_parts(request.form, known, identity, keys)
         if known is not None and not set(request.sites) <= set(known):
             raise UntrustedKeyError("a settlement with a site that is not in the directory")
-        self.request, self.noise_std = request, noise_std
+        self.request, self.noise_std = request, noise_std or 0.0
+        self._noise_by_default = noise_std is None and request.form is not EvidenceForm.CLEAR
         self._scheme, self._identity, self._keys = scheme, identity, keys
         self._seeds = self._opened_halves(known)
         self._totals = self._opened_totals()
@@ -193,10 +195,20 @@ class QuerierDesk:
         audits_t3 = self._placed(audits)
         offsets = np.cumsum([0, *(n for _, n in self.request.queries)])
         rows_in = np.array([n for _, n in self.request.queries])
-        if len(audits_t3) and not (audits_t3[:, 1] < rows_in[audits_t3[:, 0]]).all():
+        row = audits_t3[:, 1]
+        if not ((row >= 0) & (row < rows_in[audits_t3[:, 0]])).all():
             raise SettlementError("an audit in a row that was not asked")
         totals = self._totals[offsets[audits_t3[:, 0]] + audits_t3[:, 1]]
         epoch = Epoch.of(self.request, audits_t3=audits_t3, totals_tc=totals, scheme=self._scheme)
+        if self._noise_by_default:
+            self.noise_std = epoch.weights.sensitivity
+        right = float((likeliest(totals / ONE) == audits_t3[:, 2]).mean())
+        if right < 1.0 / self.request.n_classes - 3.0 / math.sqrt(4.0 * len(audits_t3)):
+            raise SettlementError(
+                "the sites together are right about fewer audits than by chance: labels are"
+                " probably in another order than the classes of the answer",
+                hint="labels are indices into result.combined.classes",
+            )
         self._require_noise_or_bits(epoch)
         reply = SettlementReply(
             epoch_id=self.request.epoch_id,
@@ -361,7 +373,7 @@ def settle(
     identity: Identity | None = None,
     settled_query_ids: Collection[str] = (),
     min_sites: int = MIN_SITES,
-    noise_std: float = 0.0,
+    noise_std: float | None = None,
 ) -> SettlementReply:
     """Answer a request in one call, for evidence in clear or in shares.
 

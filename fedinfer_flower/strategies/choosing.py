@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import secrets
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from fedinfer_flower.ensemble.base import EnsembleRule, make_rule
-from fedinfer_flower.errors import ConfigError, FedInferError, InvalidValueError
+from fedinfer_flower.errors import ConfigError, FedInferError, InvalidValueError, SelectionError
 from fedinfer_flower.planning.label_space import shared_classes
 from fedinfer_flower.privacy.base import Protection, ScorePlan
 from fedinfer_flower.query import SiteId
@@ -80,6 +81,7 @@ class Choosing:
         budget: float | None,
         at_most: int | None,
         fraction: float,
+        at_least: int = 1,
     ) -> Choosing:
         """Build from what `FedEnsemble` is given.
 
@@ -92,6 +94,21 @@ class Choosing:
             raise InvalidValueError("gates is a collection", hint="write ('quorum',), not 'quorum'")
         if isinstance(selector, str):
             selector = make_selector(selector)
+        if not isinstance(selector, Selector | None) or not all(
+            isinstance(gate, str | Gate) for gate in gates
+        ):
+            raise InvalidValueError("selector and gates are names, or objects of their kinds")
+        if not isinstance(history, SiteHistory | None):
+            raise InvalidValueError(
+                "history is a SiteHistory", hint="SiteHistory.load(path, missing_ok=True)"
+            )
+        if budget is not None and not (_is_number(budget) and 0.0 <= budget < math.inf):
+            raise InvalidValueError("budget is a number of credits that is not negative")
+        if at_most is not None and not (type(at_most) is int and at_most >= at_least):
+            raise InvalidValueError(
+                f"max_query_nodes is a whole number, at least {at_least} here",
+                hint="the protection, the quorum or min_query_nodes needs that many sites",
+            )
         if selector is None and (gates or budget is not None or at_most is not None):
             selector = make_selector("all")
         if selector is not None and fraction < 1.0:
@@ -118,6 +135,8 @@ class Choosing:
         n_queries: int,
         at_least: int,
         timeout_s: float,
+        quorum: int = 1,
+        seed: int | None = None,
         request_bytes: int = 0,
     ) -> Chosen:
         """Return whom a selector would ask, why, and at what cost; nobody is asked.
@@ -146,12 +165,12 @@ class Choosing:
             budget=self.budget,
             latency_s=timeout_s,
             epsilon_per_query=None if spent is None else spent[0],
-            group_size=max(3, protection.min_cohort),
+            group_size=max(3, protection.min_cohort, quorum),
             reply_bytes=protection.payload_bytes(scores, n_queries),
             epoch=history.next_epoch,
             now_s=time.time(),
             # Sites must not be able to foresee lots.
-            seed=secrets.randbits(63),
+            seed=secrets.randbits(63) if seed is None else seed,
         )
         candidates = history.candidates({SiteId(n): card for n, card in cards.items()})
         plan = plan_query(
@@ -165,6 +184,7 @@ class Choosing:
         failures: Mapping[int, FedInferError],
         *,
         at_least: int,
+        seed: int | None = None,
         **facts: Any,
     ) -> tuple[dict[int, SiteCard], Chosen | None]:
         """Return (the sites to ask, the plan behind it).
@@ -178,12 +198,50 @@ class Choosing:
             If too few sites are there, or left.
         """
         fraction = self.fraction if self.selector is None else 1.0
-        every = choose_cohort(cards, failures, fraction=fraction, at_least=at_least)
+        every = choose_cohort(cards, failures, fraction=fraction, at_least=at_least, seed=seed)
         if self.selector is None:
             return every, None
-        chosen = self.plan(every, at_least=at_least, **facts)
+        chosen = self.plan(every, at_least=at_least, seed=seed, **facts)
         # In the order of node ids, as without a selector.
         return {n: every[n] for n in sorted(int(s) for s in chosen.plan.site_ids)}, chosen
+
+    def require_affordable(self, cards: Mapping[int, SiteCard], n_queries: int) -> None:
+        """Refuse a job that costs more than the budget.
+
+        Raises
+        ------
+        SelectionError
+        """
+        price = n_queries * sum(card.profile.price_per_query for card in cards.values())
+        if self.budget is not None and price > self.budget * (1.0 + 1e-9):
+            raise SelectionError(
+                f"{n_queries} queries cost {price:.6g} credits at {len(cards)} sites, the budget"
+                f" is {self.budget:.6g}",
+                hint="directory(grid, n_queries=...) and plan(grid, n_queries=...) with the"
+                " number of rows that will be asked",
+            )
+
+    def require_together(self, node_ids: Iterable[int], chosen: Chosen | None) -> None:
+        """Ask the gates again about the very sites whose sum is to be opened.
+
+        Fewer sites than were chosen: those that answered, or one group of them.
+
+        Raises
+        ------
+        SelectionError
+            If a gate objects.
+        """
+        if chosen is None:
+            return
+        asked = set(node_ids)
+        group = [c for c in chosen.candidates if int(c.site_id) in asked]
+        for gate in self.gates:
+            if objection := gate.objection(group, chosen.need):
+                raise SelectionError(
+                    f"gate {gate.name!r} objects to opening the sum of {len(group)} sites:"
+                    f" {objection}",
+                    hint="wait for the sites that dropped out, or ask larger groups",
+                )
 
     def remember(self, cards: Mapping[int, SiteCard], seconds: Mapping[int, float]) -> None:
         """Add the latencies of sites that answered to the history, if one is kept."""
@@ -204,12 +262,17 @@ class Choosing:
         return ", ".join([f"selector {self.selector.name}", *limits])
 
 
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 def check_numbers(
     *,
     fraction_query: float,
     min_query_nodes: int,
     min_available_nodes: int,
     batch_size: int,
+    patience_s: float,
     classes: Sequence[str] | None,
 ) -> None:
     """Refuse numbers of a strategy that are out of range.
@@ -218,6 +281,15 @@ def check_numbers(
     ------
     InvalidValueError
     """
+    if not all(type(n) is int for n in (min_query_nodes, min_available_nodes, batch_size)):
+        raise InvalidValueError(
+            "min_query_nodes, min_available_nodes and batch_size are whole numbers"
+        )
+    # Compared with NaN, no wait would ever end.
+    if not (_is_number(patience_s) and 0.0 <= patience_s < math.inf):
+        raise InvalidValueError("patience_s is a number of seconds that is not negative")
+    if isinstance(classes, str):
+        raise InvalidValueError("classes is a collection", hint="write ('cat',), not 'cat'")
     if not 0.0 < fraction_query <= 1.0:
         raise InvalidValueError(f"fraction_query is in (0, 1], got {fraction_query}")
     if min(min_query_nodes, batch_size) < 1 or min_available_nodes < 0:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
+import secrets
 from collections.abc import Mapping
-
-import numpy as np
 
 from fedinfer_flower.errors import FedInferError, QuorumNotMetError
 from fedinfer_flower.wire.directory import SiteCard
@@ -19,6 +19,7 @@ def choose_cohort(
     *,
     fraction: float,
     at_least: int,
+    seed: int | None = None,
 ) -> dict[int, SiteCard]:
     """Return the sites to ask: all, or a random part drawn once a run.
 
@@ -39,5 +40,9 @@ def choose_cohort(
     wanted = max(math.ceil(fraction * len(cards)), at_least)
     if wanted >= len(cards):
         return dict(cards)
-    lots = np.random.default_rng().permutation(sorted(cards))[:wanted]
-    return {node_id: cards[node_id] for node_id in sorted(int(n) for n in lots)}
+    key = secrets.randbits(63) if seed is None else seed
+
+    def lot(node_id: int) -> bytes:
+        return hashlib.sha256(f"cohort {key} {node_id}".encode()).digest()
+
+    return {node_id: cards[node_id] for node_id in sorted(sorted(cards, key=lot)[:wanted])}

@@ -14,6 +14,7 @@ from fedinfer_flower.query import Deadline
 from fedinfer_flower.selection.base import Selector
 from fedinfer_flower.selection.gates import Gate
 from fedinfer_flower.selection.history import SiteHistory
+from fedinfer_flower.settlement.forms import evidence_form
 from fedinfer_flower.strategies.base import InferenceStrategy
 from fedinfer_flower.strategies.choosing import Choosing, check_numbers
 from fedinfer_flower.strategies.config import InferConfig
@@ -61,6 +62,7 @@ class EnsembleSettings(InferenceStrategy):
             min_query_nodes=min_query_nodes,
             min_available_nodes=min_available_nodes,
             batch_size=batch_size,
+            patience_s=patience_s,
             classes=classes,
         )
         self.choosing = Choosing.from_options(
@@ -70,12 +72,18 @@ class EnsembleSettings(InferenceStrategy):
             budget=budget,
             at_most=max_query_nodes,
             fraction=fraction_query,
+            at_least=max(
+                min_query_nodes, self.protection.min_cohort, (deadline or Deadline()).quorum
+            ),
         )
         if self.choosing.selector is not None and self.choosing.selector.sequential:
             raise ConfigError(
                 f"selector {self.choosing.selector.name!r} asks group after group",
                 hint="FedSequential(selector=...) opens each group's sum and goes on",
             )
+        # Sealed or not is known when asked; what is legal neither way is refused now.
+        if evidence:
+            evidence_form(self.protection, sealed=True)
         self.evidence = evidence
         self.fraction_query = fraction_query
         self.deadline = deadline or Deadline()
@@ -120,6 +128,7 @@ class EnsembleSettings(InferenceStrategy):
             "n_queries": n_queries,
             "request_bytes": request_bytes,
             "timeout_s": self.deadline.timeout_s,
+            "quorum": self.deadline.quorum,
         }
 
     def summary(self) -> str:

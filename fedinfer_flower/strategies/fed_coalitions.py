@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import secrets
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from flwr.serverapp import Grid
 
-from fedinfer_flower.errors import InvalidValueError, QueryError, ShapeError
+from fedinfer_flower.errors import InvalidValueError, ProtocolError, QueryError, ShapeError
 from fedinfer_flower.incentives.base import CoalitionSums
 from fedinfer_flower.planning.label_space import shared_classes
 from fedinfer_flower.strategies.fed_ensemble import FedEnsemble
@@ -72,7 +73,9 @@ class FedCoalitions:
     'mean-probability'
     """
 
-    def __init__(self, *, rows_per_coalition: int = 8, seed: int = 0, **options: Any) -> None:
+    def __init__(
+        self, *, rows_per_coalition: int = 8, seed: int | None = None, **options: Any
+    ) -> None:
         if rows_per_coalition < 1:
             raise InvalidValueError("rows_per_coalition is at least 1")
         for refused in ("rule", "selector", "fraction_query", "evidence"):
@@ -109,7 +112,7 @@ class FedCoalitions:
         totals: list[npt.NDArray[np.float64]] = []
         kept: list[npt.NDArray[np.int64]] = []
         results: list[InferenceResult] = []
-        coins = np.random.default_rng(self.seed)
+        coins = np.random.default_rng(secrets.randbits(128) if self.seed is None else self.seed)
         try:
             ensemble.classes = ensemble.classes or shared_classes(profiles)
             for start in range(0, len(queries), self.rows_per_coalition):
@@ -117,7 +120,7 @@ class FedCoalitions:
                 drawn = self._draw(coins, len(cards))
                 try:
                     result, total = self._ask(grid, queries[rows], drawn, cards)
-                except QueryError as exc:
+                except (QueryError, ProtocolError) as exc:
                     log.warning("a coalition is left out: %s", exc)
                     continue
                 if result.degraded:
@@ -142,7 +145,7 @@ class FedCoalitions:
         )
 
     def _draw(self, coins: np.random.Generator, n_sites: int) -> npt.NDArray[np.bool_]:
-        least = max(3, self.ensemble.protection.least_sites(n_sites))
+        least = max(3, self.ensemble.protection.min_cohort)
         if n_sites <= least:
             raise InvalidValueError(
                 f"{n_sites} sites; coalitions of at least {least} need more than {least}",

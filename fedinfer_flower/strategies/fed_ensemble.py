@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import secrets
 import time
 from collections.abc import Mapping
 
@@ -107,6 +108,7 @@ class FedEnsemble(EnsembleSettings):
 
     def _reset(self) -> None:
         self._run_id = 0
+        self._lots = 0
         self._cards: dict[int, SiteCard] = {}
         self._failures: dict[int, FedInferError] = {}
         self._onboarded: Onboarding | None = None
@@ -140,10 +142,14 @@ class FedEnsemble(EnsembleSettings):
             timeout_s=self.deadline.timeout_s,
             limits=self.limits,
         )
+        if run_id != self._run_id:
+            # Once a run: the same rows, asked again, go to the same cohort.
+            self._lots = secrets.randbits(63)
         self._run_id, self._failures = run_id, onboarding.failures
         self._cards, self._chosen = self.choosing.choose(
             onboarding.cards,
             onboarding.failures,
+            seed=self._lots,
             **self.needs_of(n_queries, request_bytes),
         )
         self._onboarded = onboarding
@@ -324,8 +330,12 @@ class FedEnsemble(EnsembleSettings):
             weighed=weighed,
             evidence=self.evidence,
         )
+        self.choosing.require_together(prepared.cards, self._chosen)
+        self.choosing.require_affordable(prepared.cards, n_queries_of(job))
         self._statements = []
-        self._book = new_book(job, self.protection, self.evidence)
+        self._book = new_book(
+            job, self.protection, self.evidence, classes=prepared.template.classes
+        )
         batches: list[CombinedBatch] = []
         reports: list[QueryReport] = []
         for query_id, inputs in batches_of(job):
@@ -369,6 +379,8 @@ class FedEnsemble(EnsembleSettings):
         if not current.complete:
             waited = first_s
         current.require_answers(seconds=waited, quorum=self.deadline.quorum)
+        # Before masks of dropouts are asked for: until then nobody can open the sum.
+        self.choosing.require_together(current.answered, self._chosen)
         if recover(grid, current, run_id=self._run_id, start=start, timeout_s=timeout_s):
             waited = time.monotonic() - start
         return self.aggregate_query(waited)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -15,15 +15,23 @@ from fedinfer_flower.ensemble.base import Array, Disclosure
 from fedinfer_flower.ensemble.group_median import MIN_GROUPS, draw_groups, group_median, withstands
 from fedinfer_flower.ensemble.mean_probability import MeanProbability
 from fedinfer_flower.ensemble.skew_check import require_low_skew
-from fedinfer_flower.errors import InvalidValueError, QueryError, QuorumNotMetError
+from fedinfer_flower.errors import (
+    InvalidValueError,
+    ProtocolError,
+    QueryError,
+    QuorumNotMetError,
+    SelectionError,
+)
 from fedinfer_flower.planning.label_space import shared_classes
 from fedinfer_flower.query import Prediction
 from fedinfer_flower.strategies.fed_ensemble import FedEnsemble
-from fedinfer_flower.strategies.opening import job_for, secret_is_here
+from fedinfer_flower.strategies.opening import job_for, require_local, secret_is_here
 from fedinfer_flower.strategies.result import InferenceResult
 from fedinfer_flower.wire.directory import SiteCard
 
 __all__ = ["FedGroupMedian", "GroupMedianResult"]
+
+_MAX_DEALS: Final = 100
 
 log = logging.getLogger("fedinfer_flower.coordinator")
 
@@ -126,8 +134,10 @@ class FedGroupMedian:
         allow_skew: bool = False,
         **options: Any,
     ) -> None:
-        if n_groups < MIN_GROUPS:
+        if type(n_groups) is not int or n_groups < MIN_GROUPS:
             raise InvalidValueError(f"n_groups is at least {MIN_GROUPS}, got {n_groups!r}")
+        if not isinstance(group_seed, int | None):
+            raise InvalidValueError("group_seed is a whole number")
         self._options = {"rule": "mean-probability", "protection": "secagg", **options}
         whole = FedEnsemble(**self._options)
         if whole.rule is None or whole.rule.discloses is not Disclosure.SUM:
@@ -136,6 +146,7 @@ class FedGroupMedian:
             )
         if whole.fraction_query < 1.0:
             raise InvalidValueError("all sites are dealt into groups: fraction_query is 1")
+        require_local(whole)
         self._whole = whole
         self.n_groups, self.group_seed, self.allow_skew = n_groups, group_seed, allow_skew
 
@@ -156,6 +167,8 @@ class FedGroupMedian:
         QuorumNotMetError
             If fewer than three groups answer.
         """
+        if not isinstance(queries, np.ndarray) or not len(queries):
+            raise InvalidValueError("queries are a non-empty array of shape (n_queries, ...)")
         whole = self._whole
         whole.configure_onboarding(grid, int(grid.run.run_id), n_queries=len(queries))
         cards = whole.cohort
@@ -179,15 +192,16 @@ class FedGroupMedian:
         if warning:
             log.warning("%s", warning)
         least = max(self._whole.protection.min_cohort, self._whole.deadline.quorum)
-        dealt = draw_groups(
-            sorted(cards), n_groups=self.n_groups, least=least, seed=self.group_seed
-        )
+        dealt = self._deal(sorted(cards), least)
         asked: list[tuple[tuple[int, ...], InferenceResult]] = []
         missing: list[str] = []
         for group in dealt:
             try:
                 asked.append((group, self._ask(grid, queries, group, cards)))
-            except QueryError as exc:  # a group that fails is one less, not the end
+            except (
+                QueryError,
+                ProtocolError,
+            ) as exc:  # a group that fails is one less, not the end
                 log.warning("%s", exc)
                 missing.append(exc.code)
         if len(asked) < MIN_GROUPS:
@@ -197,6 +211,22 @@ class FedGroupMedian:
                 hint="raise deadline.timeout_s, or mend the sites that failed",
             )
         return _combined(asked, classes, missing=tuple(missing), warning=warning)
+
+    def _deal(self, nodes: list[int], least: int) -> tuple[tuple[int, ...], ...]:
+        """Deal until no gate objects to a group: each one's sum is opened by itself."""
+        whole, refused = self._whole, None
+        for attempt in range(_MAX_DEALS):
+            seed = None if self.group_seed is None else self.group_seed + attempt
+            dealt = draw_groups(nodes, n_groups=self.n_groups, least=least, seed=seed)
+            try:
+                for group in dealt:
+                    whole.choosing.require_together(group, whole.chosen)
+            except SelectionError as exc:
+                refused = exc
+                continue
+            return dealt
+        assert refused is not None  # noqa: S101  there is at least one attempt
+        raise refused
 
     def _ask(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from flwr.serverapp import Grid
 
-from fedinfer_flower.errors import ConfigError, InvalidValueError, QueryError
+from fedinfer_flower.errors import ConfigError, InvalidValueError, ProtocolError, QueryError
 from fedinfer_flower.planning.label_space import class_totals, shared_classes
 from fedinfer_flower.planning.question import choose_rule
 from fedinfer_flower.planning.rounding import require_exact, require_sets, rounding
@@ -22,7 +23,7 @@ from fedinfer_flower.selection.sequential import SequentialAnswer
 from fedinfer_flower.selection.sequential_selector import SequentialSelector
 from fedinfer_flower.strategies.choosing import Choosing
 from fedinfer_flower.strategies.fed_ensemble import FedEnsemble
-from fedinfer_flower.strategies.opening import job_for
+from fedinfer_flower.strategies.opening import job_for, require_local
 from fedinfer_flower.strategies.result import InferenceResult
 from fedinfer_flower.wire.directory import SiteCard
 
@@ -140,6 +141,7 @@ class FedSequential:
         self.selector = picked
         self.ensemble = FedEnsemble(**options)
         require_exact(picked, self.ensemble.protection)
+        require_local(self.ensemble)
         require_sets(picked, given=sets is not None)
         self.sets = sets
         self.ensemble.choosing = Choosing.from_options(
@@ -168,14 +170,15 @@ class FedSequential:
         cards = ensemble.cohort
         profiles = {node_id: card.profile for node_id, card in cards.items()}
         classes = ensemble.classes or shared_classes(profiles)
-        rule, _ = choose_rule(ensemble.rule, ensemble.protection, profiles)
+        rule, _ = choose_rule(ensemble.rule, ensemble.protection, profiles, classes=classes)
         totals, kind = class_totals(profiles, classes)
         chosen = ensemble.chosen
         assert chosen is not None  # noqa: S101  there is a selector
         answer = self.selector.begin(
             chosen.selection,
             chosen.candidates,
-            chosen.need,
+            # Sites that were not chosen may know classes that nobody is asked about.
+            dataclasses.replace(chosen.need, classes=classes),
             rule,
             class_totals=totals,
             counts_kind=kind,
@@ -191,7 +194,7 @@ class FedSequential:
                 members = plan.groups[group]
                 try:
                     groups.append(self._ask(grid, queries, answer, members, cards))
-                except QueryError as exc:
+                except (QueryError, ProtocolError) as exc:
                     log.warning("group %d gave no answer: %s", group, exc)
                     failed.append(members)
                     answer.skip(group)

@@ -21,7 +21,11 @@ __all__ = ["new_book", "result_of", "seconds_of"]
 
 
 def new_book(
-    job: QueryJob | SealedJob, protection: Protection, evidence: bool | str
+    job: QueryJob | SealedJob,
+    protection: Protection,
+    evidence: bool | str,
+    *,
+    classes: tuple[str, ...],
 ) -> EvidenceBook | None:
     """Return an empty book for the evidence of a job; None where none is collected.
 
@@ -31,7 +35,7 @@ def new_book(
         If the protection would be undone by a second copy of an answer.
     """
     form = wanted_form(protection, evidence, sealed=isinstance(job, SealedJob))
-    return EvidenceBook(EvidenceForm(form)) if form else None
+    return EvidenceBook(EvidenceForm(form), classes=classes) if form else None
 
 
 def result_of(

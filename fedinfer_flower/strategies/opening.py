@@ -73,6 +73,23 @@ def job_for(
     return job, querier
 
 
+def require_local(strategy: FedEnsemble) -> None:
+    """Refuse a protection whose key would be made here, where that is not allowed.
+
+    Raises
+    ------
+    KeyAtCoordinatorError
+    """
+    protection = strategy.protection
+    if protection.needs_key and not strategy.allow_coordinator_key:
+        raise KeyAtCoordinatorError(
+            f"protection {protection.name!r} needs a key, and queries given as an array would"
+            " have it made in the coordinator's process, which could then read every answer",
+            hint="make the job with a Querier in another process ('fedinfer querier ask'),"
+            " use protection 'dp', or accept it: allow_coordinator_key=True",
+        )
+
+
 def open_here(querier: Querier | None, combined: CombinedAnswer) -> Prediction | None:
     """Open a combined answer if this process asked for it."""
     return None if querier is None else querier.open(combined)

@@ -89,7 +89,7 @@ def prepare_job(
             template=sealed_template(job),
         )
     profiles = {node_id: card.profile for node_id, card in cards.items()}
-    picked, reason = choose_rule(rule, protection, profiles)
+    picked, reason = choose_rule(rule, protection, profiles, classes=job.classes or classes)
     template = question_template(
         inputs=job.inputs,
         rule=picked,

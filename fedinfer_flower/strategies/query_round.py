@@ -7,7 +7,7 @@ import logging
 from collections.abc import Mapping
 
 from fedinfer_flower.ensemble.base import EnsembleRule
-from fedinfer_flower.errors import BindingError, FedInferError, QuorumNotMetError
+from fedinfer_flower.errors import BindingError, FedInferError, QuorumNotMetError, SizeLimitError
 from fedinfer_flower.privacy.base import CoordinatorSide, Protection, ScorePlan
 from fedinfer_flower.privacy.cohort import Cohort
 from fedinfer_flower.privacy.mask_recovery import MaskedSum
@@ -114,6 +114,12 @@ class QueryRound:
         """Whether every site that was asked has answered or failed."""
         return self._cards.keys() <= self._outcomes.keys()
 
+    @property
+    def answered(self) -> tuple[int, ...]:
+        """Node ids of the sites whose answers are in the sum."""
+        done = SiteStatus.ANSWERED
+        return tuple(n for n, outcome in self._outcomes.items() if outcome.status is done)
+
     def accumulate(self, arrival: Arrival) -> None:
         """Fold one reply in; a bad one is recorded and leaves no trace in the sum."""
         node_id = arrival.node_id
@@ -166,6 +172,12 @@ class QueryRound:
                 n_queries=self.n_queries,
                 n_classes=len(self.asked.classes),
             )
+        except SizeLimitError as exc:
+            # Totals over some of the sites, taken from the sum over all, tell the others'
+            # answers: all evidence of a batch is kept, or none.
+            self._book.forget(self.asked.query_id)
+            self._book = None
+            log.warning("evidence of this batch is dropped: %s", exc)
         except FedInferError as exc:
             log.warning("%s", exc.at_site(card.profile.name))
 

@@ -185,7 +185,7 @@ def margin_for_risk(
     part = delta / _STARTS
     # Fewer rows prove too little even without an error. Ties may leave a rank with fewer; that
     # is known from the margins alone, before any label.
-    least = math.ceil(math.log(part) / math.log1p(-target_risk))
+    least = math.log(part) / math.log1p(-target_risk)
     ranks = np.ceil(np.arange(1, _CANDIDATES) * n_rows / _CANDIDATES).astype(int)
     cuts = [float(np.nextafter(falling[rank - 1], np.inf)) for rank in np.unique(ranks)]
     # The last candidate answers all rows that are not abstained on already.

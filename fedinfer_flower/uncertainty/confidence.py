@@ -51,7 +51,10 @@ def _audited(prediction: Prediction, labels: npt.ArrayLike) -> npt.NDArray[np.in
 
 def _log_probabilities(probabilities: Array) -> Array:
     # A class at exactly zero would stay there at any temperature.
-    return np.log(np.maximum(probabilities, PROBABILITY_FLOOR))
+    values = np.asarray(probabilities, dtype=np.float64)
+    if not np.isfinite(values).all() or (values < 0.0).any():
+        raise InvalidValueError("probabilities are finite and not negative")
+    return np.log(np.maximum(values, PROBABILITY_FLOOR))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -31,7 +31,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from fedinfer_flower.errors import InvalidValueError
+from fedinfer_flower.errors import InvalidValueError, LabelSpaceError
 from fedinfer_flower.query import Prediction
 from fedinfer_flower.uncertainty.binomial import beta_lower_quantile
 from fedinfer_flower.uncertainty.nonconformity import (
@@ -68,7 +68,7 @@ def conformal_rank(n_rows: int, alpha: float, *, n_groups: int = 1) -> int:
     >>> conformal_rank(99, 0.1), conformal_rank(99, 0.1, n_groups=5), conformal_rank(5, 0.1)
     (90, 94, 6)
     """
-    if not 0.0 < alpha < 1.0:
+    if not isinstance(alpha, int | float | np.floating) or not 0.0 < alpha < 1.0:
         raise InvalidValueError(f"alpha is in (0, 1), got {alpha!r}")
     if n_rows < 0 or n_groups < 1:
         raise InvalidValueError("there are no fewer than 0 rows, and at least one group")
@@ -119,6 +119,7 @@ class ConformalPredictor:
     n_calibration: int = 0
     scope: str = JOINT
     n_groups: int = 1
+    classes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         require_method(self.method)
@@ -180,7 +181,8 @@ class ConformalPredictor:
             If there is not one label a row.
         """
         scores = label_scores(prediction.probabilities, labels, method=method)
-        return cls.from_scores(scores, alpha=alpha, method=method)
+        found = cls.from_scores(scores, alpha=alpha, method=method)
+        return dataclasses.replace(found, classes=prediction.classes)
 
     def sets(self, answer: Prediction | npt.ArrayLike) -> BoolArray:
         """Return which classes are in each row's set, shape (n_queries, n_classes).
@@ -201,6 +203,11 @@ class ConformalPredictor:
                     "the threshold was learnt on sites' own answers and promises nothing about"
                     " joint ones",
                     hint="ConformalPredictor.from_audits(prediction, labels)",
+                )
+            if self.classes and set(answer.classes) != set(self.classes):
+                raise LabelSpaceError(
+                    "the threshold was learnt for answers in another label space",
+                    hint="ask audits with the same classes=..., and calibrate again",
                 )
             answer = answer.probabilities
         return np.asarray(nonconformity(answer, method=self.method) <= self.threshold)

@@ -303,8 +303,10 @@ def open_quantile(
     Privacy
     -------
     The querier sees the histogram of all sites' rows together. All sites but one, with the
-    querier, see that one's by subtraction, unless noise is in it. A site that lies shifts
-    the threshold as far as `max_rows` rows of its own can.
+    querier, see that one's by subtraction, unless noise is in it. Under `plain`
+    and `dp` a site that lies shifts the threshold as far as `max_rows` rows can. Under masks
+    and encryption only the sum is checked: it has the room that all sites' `max_rows` leave,
+    and can take others' counts away.
     """
     plan = spec.plan(n_sites_max)
     side = protection.querier_side(plan, keys=keys, cohort=cohort)
@@ -345,6 +347,10 @@ def safe_threshold(
         raise ShapeError(f"a histogram has {spec.n_bins + 1} entries, got {counts.shape}")
     if not 0.0 < alpha < 1.0:
         raise InvalidValueError(f"alpha is in (0, 1), got {alpha!r}")
+    if not np.isfinite(counts).all():
+        raise InvalidScoresError("the opened histogram holds what is no number")
+    if not 0.0 <= noise_std < math.inf:
+        raise InvalidValueError("noise_std is a number of rows that is not negative")
     if noise_std > 0.0:
         failure = alpha / 10.0 if failure is None else failure
         if not 0.0 < failure < alpha:

@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
 import subprocess
 import sys
-import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -19,7 +15,6 @@ from fedinfer_flower.kv.fuser_bank import FuserBank
 from fedinfer_flower.kv.share import ShareSpec
 from fedinfer_flower.simulation.facts.checkpoints import load
 
-BIN = Path(sys.executable).parent
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 PYPROJECT = """\
@@ -128,74 +123,20 @@ def main(grid, context):
 """
 
 
-def environment(home: Path) -> dict[str, str]:
-    return os.environ | {
-        "FLWR_HOME": str(home),
-        "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
-        "PYTHONUNBUFFERED": "1",
-    }
+@pytest.fixture(scope="session")
+def found_by(flwr_run) -> Callable[..., dict[str, object]]:
+    """``found_by(app, home, *options, media=)``: what the app writes, run on 'here'."""
 
+    def run(
+        app: Path, home: Path, *options: str, media: str = "own cache text"
+    ) -> dict[str, object]:
+        answer = home / "answer.json"
+        config = f'answer="{answer}" media="{media}"'
+        output = flwr_run(app, home, "--run-config", config, *options, timeout_s=500.0)
+        assert answer.exists(), output[-3000:]
+        return dict(json.loads(answer.read_text()))
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def wait_until_listening(port: int, process: subprocess.Popen[bytes]) -> None:
-    for _ in range(300):
-        assert process.poll() is None, "the process ended before it listened"
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)) == 0:
-                return
-        time.sleep(0.2)
-    raise AssertionError(f"nothing listens on {port}")
-
-
-@contextmanager
-def running(*command: str, home: Path) -> Iterator[subprocess.Popen[bytes]]:
-    with (home / f"{Path(command[0]).name}-{time.monotonic_ns()}.log").open("wb") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, env=environment(home))
-        try:
-            yield process
-        finally:
-            process.terminate()
-            try:
-                process.wait(timeout=20)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-
-
-@contextmanager
-def superlink(home: Path, *options: str) -> Iterator[int]:
-    port = free_port()
-    command = [str(BIN / "flower-superlink"), "--insecure", "--host", "127.0.0.1"]
-    command += ["--port", str(port), "--disable-runtime-dependency-installation", *options]
-    with running(*command, home=home) as process:
-        wait_until_listening(port, process)
-        (home / "config.toml").write_text(
-            f'[superlink]\ndefault = "here"\n[superlink.here]\n'
-            f'address = "127.0.0.1:{port}"\ninsecure = true\n'
-        )
-        yield port
-
-
-def flwr_run(
-    app: Path, home: Path, answer: Path, *options: str, media: str = "own cache text"
-) -> dict[str, object]:
-    command = [str(BIN / "flwr"), "run", ".", "here", "--stream"]
-    done = subprocess.run(
-        [*command, "--run-config", f'answer="{answer}" media="{media}"', *options],
-        cwd=app,
-        env=environment(home),
-        capture_output=True,
-        text=True,
-        timeout=500,
-    )
-    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
-    assert answer.exists(), (done.stdout + done.stderr)[-3000:]
-    return dict(json.loads(answer.read_text()))
+    return run
 
 
 @pytest.fixture(scope="module")
@@ -223,7 +164,7 @@ def app(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def in_process(app: Path) -> dict[str, object]:
+def in_process(environment, app: Path) -> dict[str, object]:
     """The same app in another process of ours: LocalGrid, and no server at all."""
     code = (
         "import json, sys; sys.path.insert(0, '.')\n"
@@ -259,29 +200,20 @@ def test_local_answers_come_from_every_medium(in_process: dict[str, object]) -> 
 
 
 def test_simulation_gives_the_answers_of_one_process(
-    app: Path, in_process: dict[str, object], tmp_path: Path
+    found_by, superlink, app: Path, in_process: dict[str, object], tmp_path: Path
 ) -> None:
     with superlink(tmp_path, "--simulation"):
-        simulated = flwr_run(
-            app, tmp_path, tmp_path / "a.json", "--federation-config", "num-supernodes=3"
-        )
+        simulated = found_by(app, tmp_path, "--federation-config", "num-supernodes=3")
 
     assert simulated == in_process
 
 
 def test_supernodes_on_a_superlink_give_the_answers_of_one_process(
-    app: Path, in_process: dict[str, object], tmp_path: Path
+    found_by, superlink, supernodes, app: Path, in_process: dict[str, object], tmp_path: Path
 ) -> None:
-    with ExitStack() as stack:
-        port = stack.enter_context(superlink(tmp_path))
-        for partition in range(3):
-            node_port = free_port()
-            command = [str(BIN / "flower-supernode"), "--insecure"]
-            command += ["--superlink", f"127.0.0.1:{port}", "--port", str(node_port)]
-            command += ["--node-config", f"partition-id={partition} num-partitions=3"]
-            process = stack.enter_context(running(*command, home=tmp_path))
-            wait_until_listening(node_port, process)
+    nodes = [f"partition-id={partition} num-partitions=3" for partition in range(3)]
+    with superlink(tmp_path) as port, supernodes(port, *nodes, home=tmp_path):
         # One medium: a SuperNode starts a process for every message, which loads torch anew.
-        deployed = flwr_run(app, tmp_path, tmp_path / "a.json", media="cache")
+        deployed = found_by(app, tmp_path, media="cache")
 
     assert deployed == {"cache": in_process["cache"]}

@@ -121,6 +121,8 @@ class World:
             "sites": [site.public for site in self.sites],
             "identity": self.querier,
             "keys": self.keys,
+            # Exact, to be compared with sums in clear; what the default adds has its own test.
+            "noise_std": 0.0,
             **options,
         }
         return QuerierDesk(request, scheme=scheme or make_scheme("brier-shapley"), **given)

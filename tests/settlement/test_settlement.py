@@ -571,3 +571,25 @@ def test_altered_settlement_is_refused_or_another_one(make_world):
         except ProtocolError:
             continue
         assert other.digest != settled.digest
+
+
+def test_by_default_row_sums_carry_the_noise_of_one_answer(make_world):
+    world = make_world(EvidenceForm.SHARES)
+    desk = world.desk()
+    querier = world.querier_desk(desk.request(), noise_std=None)
+    settled = desk.finish(querier.settle(world.audits))
+    exact = world.desk()
+    plain = exact.finish(world.querier_desk(exact.request()).settle(world.audits))
+
+    assert settled.noise_scale > 0.0
+    off = np.array([settled.values[k] - plain.values[k] for k in plain.values])
+    assert np.abs(off).max() > 0.0
+    # Eight deviations: once in 10^15.
+    assert np.abs(off).max() < 8 * settled.noise_scale
+
+
+def test_in_clear_there_is_no_noise_by_default(make_world):
+    world = make_world(EvidenceForm.CLEAR)
+    desk = world.desk()
+    reply = world.querier_desk(desk.request(), noise_std=None).settle(world.audits)
+    assert desk.finish(reply).noise_scale == 0.0

@@ -9,7 +9,6 @@ from flwr.app import Context, RecordDict
 from fedinfer_flower.clients.stack_shelf import MAX_STACKS, bring_stack, keep_stack, kept_stack
 from fedinfer_flower.errors import (
     BindingError,
-    CapacityError,
     EnvelopeError,
     FedInferError,
     InvalidValueError,
@@ -199,10 +198,19 @@ def test_rules_without_a_stack_need_none():
     bring_stack(question(made_up("linear-stack"), stack="untrained"), context(), None)
 
 
-def test_full_shelf_takes_no_more():
+def test_full_shelf_lets_the_oldest_go():
     here = context()
-    for seed in range(MAX_STACKS):
-        keep_stack(made_up("gated-mixture", seed=seed, n_sites=2, n_classes=2), here, None)
-    keep_stack(made_up("gated-mixture", seed=0, n_sites=2, n_classes=2), here, None)
-    with pytest.raises(CapacityError):
-        keep_stack(made_up("gated-mixture", seed=99, n_sites=2, n_classes=2), here, None)
+    made = [
+        made_up("gated-mixture", seed=seed, n_sites=2, n_classes=2) for seed in range(MAX_STACKS)
+    ]
+    for fitted in made:
+        keep_stack(fitted, here, None)
+    keep_stack(made[0], here, None)  # known: now the youngest
+    newest = made_up("gated-mixture", seed=99, n_sites=2, n_classes=2)
+    keep_stack(newest, here, None)
+
+    assert kept_stack(made[0].digest, here, None).digest == made[0].digest
+    assert kept_stack(newest.digest, here, None).digest == newest.digest
+    with pytest.raises(InvalidValueError):
+        kept_stack(made[1].digest, here, None)
+

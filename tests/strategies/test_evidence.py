@@ -114,6 +114,7 @@ def test_rewards_in_shares_equal_those_in_clear(grid, protection):
         sites=[card.identity for card in directory.cards],
         identity=querier.identity,
         min_sites=N_SITES,
+        noise_std=0.0,
     )
     settled = desk.finish(reply)
 
@@ -143,6 +144,7 @@ def test_rewards_under_encryption_equal_those_in_clear(grid):
         sites=[card.identity for card in directory.cards],
         identity=querier.identity,
         keys=keys,
+        noise_std=0.0,
     )
     settled = desk.finish_blinded(theirs.open_sums(desk.blind(theirs.settle(audits))))
 

@@ -75,6 +75,7 @@ class Deal:
             form=EvidenceForm.SHARES,
             sites=[card.identity for card in self.directory.cards],
             identity=querier.identity,
+            noise_std=0.0,
         )
         self.settlement = desk.finish(reply)
 

@@ -22,6 +22,7 @@ from fedinfer_flower.incentives.ledger.names import (
 from fedinfer_flower.incentives.ledger.rules import FIRST_KIND, RESERVED_KINDS
 from fedinfer_flower.incentives.ledger.store import Store
 from fedinfer_flower.incentives.ledger.verification import BadRow, Replay, Verification
+from fedinfer_flower.receipts.checks import MAX_TIME
 
 __all__ = ["Ledger"]
 
@@ -286,4 +287,7 @@ class Ledger:
 
     def now(self) -> int:
         """Return the clock's UTC in whole seconds since 1970."""
-        return int(self._clock())
+        now = float(self._clock())
+        if not 0.0 <= now <= MAX_TIME:  # NaN is neither
+            raise LedgerError("the clock is out of range", hint="set this machine's clock")
+        return int(now)
