@@ -70,6 +70,8 @@ class Treasurer:
         From a site's key id to its account in the ledger; default ``site:<16 digits of it>``.
     prior_audits : float
         Audits as which "earned nothing" counts; see `incentives.shrinkage.shrink`.
+    site_pins : mapping of site name to key id, optional
+        Keys that were compared out of band: only these sites are paid.
     clock : callable
         Seconds since 1970.
 
@@ -101,11 +103,12 @@ class Treasurer:
         history: SiteHistory | None = None,
         account_of: Callable[[str], str] | None = None,
         prior_audits: float = 50.0,
+        site_pins: Mapping[str, str] | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self.ledger, self.identity, self.history = ledger, identity, history
         self.payment = make_payment(payment) if isinstance(payment, str) else payment
-        self.escrow = Escrow(ledger, coordinator_key_id=identity.key_id)
+        self.escrow = Escrow(ledger, coordinator_key_id=identity.key_id, site_pins=site_pins)
         self._account_of = account_of or (lambda key_id: f"site:{key_id[:16]}")
         self._prior_audits, self._clock = prior_audits, clock
 
@@ -118,6 +121,7 @@ class Treasurer:
         n_batches: int,
         deadline_s: float,
         querier_key_id: str = "",
+        arbiter: str = "",
     ) -> None:
         """Put a job's fee in escrow, before anybody is asked; again changes nothing.
 
@@ -131,6 +135,9 @@ class Treasurer:
             Of the job: each is paid for once.
         deadline_s : float
             From now; after it the fee can go back.
+        arbiter : str
+            Account whose word ends a dispute. Without one a querier that opens the answer and
+            then says nothing has its fee back at the deadline.
 
         Raises
         ------
@@ -144,6 +151,7 @@ class Treasurer:
             deadline=int(self._clock() + deadline_s),
             query_ids=[f"{job_id}-{number}" for number in range(n_batches)],
             querier_key_id=querier_key_id,
+            arbiter=arbiter,
         )
 
     def pay(self, settlement: Settlement, receipts: Iterable[Receipt]) -> tuple[Payment, ...]:

@@ -163,7 +163,7 @@ def test_commands_by_hand_of_readme(home: Path) -> None:
 
     output = output_of(home, "bash", "-ec", f"{commands}\necho state: $STATE")
 
-    state = Path(output.rpartition("state: ")[2].strip())
+    state = Path(re.findall(r"^state: (\S+)$", output, flags=re.M)[0])
     assert re.search(r"registry: paid [\d.]+ credits", output)
     assert "settled, paid and remembered" in output
     assert "the ledger verifies: 4 entries" in output

@@ -43,7 +43,7 @@ class ReputationGate(Gate):
     {1: 'reputation 0.125, at least 0.3 is asked for'}
     """
 
-    floor: float = option(0.3, low=0.0, high=1.0)
+    floor: float = option(0.4, low=0.0, high=1.0)
 
     def admit(self, candidates: Sequence[Candidate], need: SelectionNeed) -> Mapping[SiteId, str]:  # noqa: ARG002
         """Refuse by the posterior mean."""
