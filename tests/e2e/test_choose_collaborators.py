@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import re
-import socket
-import subprocess
-import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -18,76 +13,35 @@ from fedinfer_flower.selection import SiteHistory
 from fedinfer_flower.wire.identity import Identity
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "choose-collaborators"
-BIN = Path(sys.executable).parent
 N_SITES = 20
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
-def environment(home: Path) -> dict[str, str]:
-    return os.environ | {
-        "FLWR_HOME": str(home),
-        "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
-        "PYTHONUNBUFFERED": "1",
-    }
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def wait_until_listening(port: int, process: subprocess.Popen[bytes]) -> None:
-    for _ in range(300):
-        assert process.poll() is None, "the process ended before it listened"
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)) == 0:
-                return
-        time.sleep(0.2)
-    raise AssertionError(f"nothing listens on {port}")
-
-
-@contextmanager
-def superlink(home: Path) -> Iterator[None]:
-    """Run a simulating SuperLink on loopback and write the connection 'here' for `flwr run`."""
-    port = free_port()
-    command = [str(BIN / "flower-superlink"), "--insecure", "--host", "127.0.0.1", "--simulation"]
-    command += ["--port", str(port), "--disable-runtime-dependency-installation"]
-    with (home / "superlink.log").open("wb") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, env=environment(home))
-        try:
-            wait_until_listening(port, process)
-            (home / "config.toml").write_text(
-                f'[superlink]\ndefault = "here"\n[superlink.here]\n'
-                f'address = "127.0.0.1:{port}"\ninsecure = true\n'
-            )
-            yield
-        finally:
-            process.terminate()
-            try:
-                process.wait(timeout=20)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-
-
 @pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def home(superlink, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("choose-collaborators")
-    with superlink(folder):
+    with superlink(folder, "--simulation"):
         yield folder
 
 
-def flwr_run(home: Path, config: str) -> str:
-    command = [str(BIN / "flwr"), "run", ".", "here", "--stream", "--run-config", config]
-    command += ["--federation-config", f"num-supernodes={N_SITES}"]
-    done = subprocess.run(
-        command, cwd=EXAMPLE, env=environment(home), capture_output=True, text=True, timeout=400
-    )
-    output = done.stdout + done.stderr
-    assert done.returncode == 0, output[-3000:]
-    return output
+@pytest.fixture
+def run(flwr_run, home: Path) -> Callable[[str], str]:
+    """Return a function that runs the app with a run config and returns its output."""
+    federation = f"num-supernodes={N_SITES}"
+
+    def run(config: str) -> str:
+        return flwr_run(
+            EXAMPLE,
+            home,
+            "--run-config",
+            config,
+            "--federation-config",
+            federation,
+            timeout_s=400.0,
+        )
+
+    return run
 
 
 def table(output: str) -> dict[str, tuple[float, float, float]]:
@@ -100,8 +54,8 @@ def table(output: str) -> dict[str, tuple[float, float, float]]:
     return {name: (float(right), float(sites), float(cost)) for name, right, sites, cost in rows}
 
 
-def test_plan_comes_first_and_fewer_sites_do_nearly_as_well(home: Path) -> None:
-    output = flwr_run(home, "seed=0")
+def test_plan_comes_first_and_fewer_sites_do_nearly_as_well(run) -> None:
+    output = run("seed=0")
 
     found = table(output)
     assert output.index("QueryPlan") < output.index("accuracy  sites a query")
@@ -117,10 +71,8 @@ def test_plan_comes_first_and_fewer_sites_do_nearly_as_well(home: Path) -> None:
     assert found["coverage-greedy"][2] <= 9000 < found["everybody"][2]
 
 
-def test_sites_are_remembered_and_a_slow_one_is_left_out_next_time(
-    home: Path, tmp_path: Path
-) -> None:
-    first = flwr_run(home, f'state="{tmp_path}"')
+def test_sites_are_remembered_and_a_slow_one_is_left_out_next_time(run, tmp_path: Path) -> None:
+    first = run(f'state="{tmp_path}"')
 
     keys = {
         number: Identity.load_or_create(
@@ -138,7 +90,7 @@ def test_sites_are_remembered_and_a_slow_one_is_left_out_next_time(
     for _ in range(3):
         history.record_answer(keys[0], seconds=500.0, now_s=time.time())
     history.save(tmp_path / "history.json")
-    second = flwr_run(home, f'state="{tmp_path}" part=1')
+    second = run(f'state="{tmp_path}" part=1')
 
     assert "site-0: latency: 95 % of answers within" in second
     assert "site-0: coverage" not in second
@@ -150,5 +102,5 @@ def test_sites_are_remembered_and_a_slow_one_is_left_out_next_time(
     assert sum(len(record.latencies_s) for record in again.records.values()) == 10 + 3 + 10
 
     # The digits of the first run, to other sites: their difference would single sites out.
-    third = flwr_run(home, f'state="{tmp_path}" part=0')
+    third = run(f'state="{tmp_path}" part=0')
     assert "FI316" in third
