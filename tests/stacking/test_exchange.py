@@ -213,4 +213,3 @@ def test_full_shelf_lets_the_oldest_go():
     assert kept_stack(newest.digest, here, None).digest == newest.digest
     with pytest.raises(InvalidValueError):
         kept_stack(made[1].digest, here, None)
-
