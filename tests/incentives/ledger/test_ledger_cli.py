@@ -112,6 +112,8 @@ def test_settle_another_fee_than_in_escrow_is_refused(files) -> None:
         (f'{{"{KEYS["east"]}": NaN}}', EnvelopeError),
         (f'{{"{KEYS["east"]}": "much"}}', EnvelopeError),
     ],
+    # Keys are fresh in every process: without names the cases would have other ones in each.
+    ids=["none", "list", "cut off", "no key", "unknown key", "not a number", "text"],
 )
 def test_settle_scores_that_are_none(files, scores: str, error) -> None:
     files.scores.write_text(scores)
