@@ -23,13 +23,18 @@ def programs() -> Path | None:
     return next((f for f in folders if (f / "initdb").exists() and (f / "pg_ctl").exists()), None)
 
 
+def _runuser() -> str | None:
+    # An administrator's program, which an ordinary path leaves out.
+    return shutil.which("runuser", path=f"{os.environ['PATH']}:/usr/sbin:/sbin")
+
+
 def why_not() -> str:
     """Return why there can be no PostgreSQL here; empty if there can."""
     if find_spec("psycopg") is None:
         return "no driver: pip install 'fedinfer-flower[postgres]'"
     if programs() is None:
         return "no PostgreSQL server is installed"
-    if os.getuid() == 0 and shutil.which("runuser") is None:
+    if os.getuid() == 0 and _runuser() is None:
         return "PostgreSQL does not run as root, and there is no runuser"
     return ""
 
@@ -46,7 +51,7 @@ def cluster(*, durable: bool = False) -> Iterator[Path]:
     prefix: list[str] = []
     if os.getuid() == 0:
         shutil.chown(folder, _SERVER_USER)
-        prefix = ["runuser", "-u", _SERVER_USER, "--"]
+        prefix = [str(_runuser()), "-u", _SERVER_USER, "--"]
 
     def run(program: str, *words: str) -> None:
         with (folder / "log").open("ab") as log:
