@@ -43,7 +43,8 @@ _LEARNS: Final = (
         "coordinator alone",
         "masked answers and one share of each site's evidence: uniform numbers. After the reveal:"
         " which rows were audits and their labels, the sum over all sites on each audit row, and"
-        " one weighted sum a site. By breaking the protocol it gets no single answer either.",
+        " one weighted sum a site. It can solve an exact sum for who said what where answers are"
+        " certain: this run adds no noise, a settlement does unless told otherwise.",
     ),
     (
         "querier alone",

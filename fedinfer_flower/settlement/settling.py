@@ -85,8 +85,9 @@ class QuerierDesk:
     -------
     Holds the seeds or the secret key, and never a share or readable ciphertext of one
     site's evidence. Learns the sum over all sites of each row of the epoch, audits and
-    others, and nothing of one site. All sites but one, with the querier, know that one's
-    answers by subtraction.
+    others, and nothing of one site, unless it is shown the settled values: then one that
+    audits rows alike many times reads single answers. All sites but one, with the querier,
+    know that one's answers by subtraction.
 
     Under `shares` a coordinator alone that breaks the protocol gets what one that follows it
     gets, the audits' totals and one weighted sum a site: with weights other than those of
