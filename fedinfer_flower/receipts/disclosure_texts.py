@@ -275,8 +275,14 @@ QUERY: Final[Mapping[str, Mapping[str, str]]] = {
 }
 """Variant to party to phrase."""
 
-_ROW_SUM: Final = "once settled, which rows were audits, and one weighted sum over them a site"
-_TOTALS: Final = "the sum of the second copies over all sites, a row"
+_ROW_SUM: Final = (
+    "once settled, which rows were audits, and one weighted sum over them a site; without noise,"
+    " what that lets it solve for where answers are certain"
+)
+_TOTALS: Final = (
+    "the sum of the second copies over all sites, a row; if it audits rows alike many times and is"
+    " shown the scores, single answers"
+)
 
 EVIDENCE: Final[Mapping[str, Mapping[Party, str]]] = {
     "clear": {},

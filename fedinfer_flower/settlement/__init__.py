@@ -1,4 +1,4 @@
-"""Rewards without opening a single answer: evidence, row sums, reveals.
+"""Rewards from one weighted sum a site, not from its answers: evidence, row sums, reveals.
 
 A site sends a second copy of its answer, as shares or encrypted. At the end of an epoch the
 querier reveals which rows were audits, and a linear scheme's score of each site is opened as
