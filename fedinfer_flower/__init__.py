@@ -16,9 +16,13 @@ if TYPE_CHECKING:
     from fedinfer_flower.clients.consent import OptionLimits
     from fedinfer_flower.clients.language_mod import LanguageMod, LanguageSite
     from fedinfer_flower.clients.language_policy import LanguagePolicy
+    from fedinfer_flower.clients.policy import SitePolicy
     from fedinfer_flower.errors import FedInferError
     from fedinfer_flower.privacy.site_budget import BudgetPolicy
     from fedinfer_flower.querier import Querier
+    from fedinfer_flower.querier.async_gateway_client import AsyncGateway
+    from fedinfer_flower.querier.federated_classifier import FederatedClassifier
+    from fedinfer_flower.querier.gateway_client import Gateway
     from fedinfer_flower.querier.language_querier import LanguageQuerier
     from fedinfer_flower.querier.sequential_querier import SequentialQuerier
     from fedinfer_flower.query import Deadline, Prediction
@@ -38,9 +42,10 @@ if TYPE_CHECKING:
     from fedinfer_flower.wire.identity import Identity
     from fedinfer_flower.wire.pins import Pins, read_pins
 
-__version__ = "0.4.0"
+__version__ = "0.5.0"
 
 _HOMES = {
+    "AsyncGateway": "fedinfer_flower.querier.async_gateway_client",
     "BudgetPolicy": "fedinfer_flower.privacy.site_budget",
     "Deadline": "fedinfer_flower.query",
     "Directory": "fedinfer_flower.wire.directory",
@@ -48,11 +53,13 @@ _HOMES = {
     "FedCoalitions": "fedinfer_flower.strategies.fed_coalitions",
     "FedDecode": "fedinfer_flower.strategies.fed_decode",
     "FedEnsemble": "fedinfer_flower.strategies",
+    "FederatedClassifier": "fedinfer_flower.querier.federated_classifier",
     "FedGroupMedian": "fedinfer_flower.strategies.fed_group_median",
     "FedInferError": "fedinfer_flower.errors",
     "FedRefine": "fedinfer_flower.strategies.fed_refine",
     "FedSequential": "fedinfer_flower.strategies.fed_sequential",
     "FedStack": "fedinfer_flower.strategies.fed_stack",
+    "Gateway": "fedinfer_flower.querier.gateway_client",
     "Handover": "fedinfer_flower.strategies.handover",
     "Identity": "fedinfer_flower.wire.identity",
     "inference": "fedinfer_flower.clients",
@@ -72,10 +79,12 @@ _HOMES = {
     "read_pins": "fedinfer_flower.wire.pins",
     "SequentialQuerier": "fedinfer_flower.querier.sequential_querier",
     "SiteHistory": "fedinfer_flower.selection.history",
+    "SitePolicy": "fedinfer_flower.clients.policy",
     "Treasurer": "fedinfer_flower.strategies.treasurer",
 }
 
 __all__ = [
+    "AsyncGateway",
     "BudgetPolicy",
     "Deadline",
     "Directory",
@@ -88,6 +97,8 @@ __all__ = [
     "FedRefine",
     "FedSequential",
     "FedStack",
+    "FederatedClassifier",
+    "Gateway",
     "Handover",
     "Identity",
     "InferenceMod",
@@ -105,6 +116,7 @@ __all__ = [
     "Querier",
     "SequentialQuerier",
     "SiteHistory",
+    "SitePolicy",
     "Treasurer",
     "__version__",
     "inference",

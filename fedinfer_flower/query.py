@@ -50,15 +50,26 @@ class Deadline:
     quorum : int
         Fewest answers that make a result. Fewer raise `QuorumNotMetError`; fewer than
         were asked flag the result as degraded.
+    straggler_s : float
+        Seconds to wait for the other sites once there are enough answers: the quorum, and
+        what the protection needs. With 0.0, to `timeout_s`.
+
+    Notes
+    -----
+    Under masks, a site that is not waited for counts as one that dropped out: the others
+    help to open the sum, and sites then refuse to sum the same rows again. A second copy of
+    a question to a site that has not answered does not help either: sites hold different
+    models, and a query id is answered once.
 
     Examples
     --------
-    >>> Deadline(timeout_s=30, quorum=3)
-    Deadline(timeout_s=30, quorum=3)
+    >>> Deadline(timeout_s=30, quorum=3, straggler_s=0.5)
+    Deadline(timeout_s=30, quorum=3, straggler_s=0.5)
     """
 
     timeout_s: float = 60.0
     quorum: int = 1
+    straggler_s: float = 0.0
 
     def __post_init__(self) -> None:
         _require(
@@ -66,6 +77,10 @@ class Deadline:
             f"timeout_s must be a positive number of seconds, got {self.timeout_s!r}",
         )
         _require(self.quorum >= 1, f"quorum must be at least 1, got {self.quorum!r}")
+        _require(
+            math.isfinite(self.straggler_s) and self.straggler_s >= 0,
+            f"straggler_s must be a number of seconds, not negative, got {self.straggler_s!r}",
+        )
 
 
 def _frozen(array: npt.NDArray[Any]) -> npt.NDArray[Any]:

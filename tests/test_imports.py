@@ -23,6 +23,7 @@ HEAVY = (
     *("torch", "tenseal", "sklearn", "matplotlib", "ray", "scipy", "datasets", "flwr_datasets"),
     *("opacus", "spu", "jax", "transformers", "tokenizers", "safetensors"),
     *("sqlalchemy", "alembic", "psycopg", "pydvl"),
+    *("onnxruntime", "opentelemetry", "prometheus_client", "openai"),
 )
 TORCH_PARTS = ("kv", "language", "refine")
 """Parts that are networks through and through: nothing but themselves loads them at import."""
@@ -122,6 +123,9 @@ def test_parts_that_need_torch_are_imported_where_they_are_used(name):
 
 ALLOWED = {
     "errors": set(),
+    "observability": {"errors", "registry"},
+    "flower_internals": {"errors"},
+    "supervision": {"errors", "observability"},
     "registry": {"errors"},
     "profile": {"errors"},
     "query": {"errors", "profile"},
@@ -147,15 +151,23 @@ ALLOWED = {
     "clients": {
         *("errors", "registry", "query", "ensemble", "privacy", "wire", "receipts"),
         *("encrypted_query", "mpc", "kv", "language", "refine", "settlement", "uncertainty"),
+        *("observability", "flower_internals", "supervision"),
     },
     "querier": {
         *("errors", "registry", "query", "ensemble", "privacy", "wire", "planning"),
         *("encrypted_query", "mpc", "selection", "settlement", "incentives", "uncertainty"),
+        *("observability", "receipts"),
     },
     "strategies": {
         *("errors", "registry", "query", "ensemble", "privacy", "wire", "planning", "querier"),
         *("receipts", "encrypted_query", "mpc", "kv"),
         *("profile", "selection", "settlement", "incentives", "uncertainty"),
+        "observability",
+    },
+    "serving": {
+        *("errors", "registry", "query", "profile", "wire", "privacy", "ensemble", "planning"),
+        *("receipts", "selection", "settlement", "incentives", "uncertainty", "strategies"),
+        *("querier", "observability", "flower_internals"),
     },
 }
 
@@ -223,6 +235,7 @@ def test_public_names_are_what_they_were():
         *("SequentialQuerier", "SiteHistory", "Treasurer"),
         *("FedDecode", "FedRefine", "MixtureOfAnswers", "LanguageQuerier"),
         *("LanguageMod", "LanguagePolicy", "LanguageSite"),
+        *("AsyncGateway", "FederatedClassifier", "Gateway", "SitePolicy"),
         "Deadline",
         "FedEnsemble",
         "FedInferError",

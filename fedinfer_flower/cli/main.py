@@ -18,12 +18,17 @@ from rich.table import Table
 from fedinfer_flower.cli.attack import attack
 from fedinfer_flower.cli.budget import budget_app
 from fedinfer_flower.cli.fuser import fuser_app
+from fedinfer_flower.cli.gateway import gateway_app
 from fedinfer_flower.cli.key import key
 from fedinfer_flower.cli.ledger import ledger_app
+from fedinfer_flower.cli.policy import policy_app
 from fedinfer_flower.cli.querier import querier_app
+from fedinfer_flower.cli.query import query
 from fedinfer_flower.cli.refine import refine
+from fedinfer_flower.cli.serve import serve
+from fedinfer_flower.cli.site import site_app
 from fedinfer_flower.cli.verify import verify
-from fedinfer_flower.errors import FedInferError
+from fedinfer_flower.errors import ConfigError, FedInferError
 
 __all__ = ["app", "run"]
 
@@ -36,9 +41,14 @@ app.add_typer(querier_app, name="querier")
 app.add_typer(budget_app, name="budget")
 app.add_typer(fuser_app, name="fuser")
 app.add_typer(ledger_app, name="ledger")
+app.add_typer(site_app, name="site")
+app.add_typer(policy_app, name="policy")
+app.add_typer(gateway_app, name="gateway")
 app.command()(attack)
 app.command()(key)
+app.command()(query)
 app.command()(refine)
+app.command()(serve)
 app.command()(verify)
 
 
@@ -142,15 +152,33 @@ def report(
 
 @app.command()
 def doctor(
+    deployment: Annotated[
+        bool, typer.Option("--deployment", help="look for gaps in a deployment instead")
+    ] = False,
+    superlink: Annotated[str, typer.Option(help="HOST:PORT, best as sites see it")] = "",
+    gateway: Annotated[str, typer.Option(help="URL of a gateway")] = "",
+    policy: Annotated[Path | None, typer.Option(help="a site's policy file")] = None,
+    config: Annotated[Path | None, typer.Option(help="a gateway's settings")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print findings as JSON")] = False,
 ) -> None:
     """Say what is installed, what would fail here, and how to mend it.
 
-    Exit status 1 if something would fail.  Example: fedinfer doctor
+    With --deployment: what a deployment has open that it should not, on this machine and at
+    the addresses and files that are named. Exit status 1 if something would fail or is open.
+
+    Example: fedinfer doctor --deployment --superlink link.example.org:443 --policy site.toml
     """
     from fedinfer_flower.cli.doctor import examine
+    from fedinfer_flower.cli.doctor_deployment import examine_deployment
 
-    findings = examine()
+    if deployment:
+        findings = examine_deployment(
+            superlink=superlink, gateway=gateway, policy=policy, config=config
+        )
+    elif superlink or gateway or policy or config:
+        raise ConfigError("addresses and files are for --deployment", hint="add --deployment")
+    else:
+        findings = examine()
     if as_json:
         typer.echo(json.dumps([asdict(f) for f in findings]))
     else:

@@ -1,4 +1,4 @@
-"""`fedinfer verify`: check a receipt, offline."""
+"""`fedinfer verify`: check a receipt or an audit log, offline."""
 
 from __future__ import annotations
 
@@ -14,17 +14,67 @@ __all__ = ["verify"]
 
 
 def verify(
-    file: Annotated[Path, typer.Argument(help="receipt, as the coordinator wrote it")],
+    file: Annotated[Path, typer.Argument(help="receipt, or audit log (*.jsonl)")],
     pins: Annotated[Path | None, typer.Option(help="TOML with [sites] and [queriers]")] = None,
     coordinator: Annotated[str, typer.Option(help="key id that must have signed it all")] = "",
+    head: Annotated[str, typer.Option(help="hash that an earlier check of the log printed")] = "",
     as_json: Annotated[bool, typer.Option("--json", help="print the checks as JSON")] = False,
 ) -> None:
-    """Check a receipt offline, and say who could have learnt what.
+    """Check a receipt, and say who could have learnt what; or check an audit log.
 
-    Exit status 1 if a check fails, 2 if the file is no receipt.
+    Exit status 1 if a check fails, 2 if the file is neither.
 
     Example: fedinfer verify receipt.json --pins pins.toml
+
+    Example: fedinfer verify audit.jsonl --head 3f9a...
     """
+    if _is_audit_log(file):
+        _require_unused("a receipt", {"--pins": pins, "--coordinator": coordinator})
+        _verify_audit_log(file, head=head, as_json=as_json)
+        return
+    _require_unused("an audit log", {"--head": head})
+    _verify_receipt(file, pins=pins, coordinator=coordinator, as_json=as_json)
+
+
+def _is_audit_log(file: Path) -> bool:
+    """Tell an audit log, which is lines, from a receipt, which is one JSON object."""
+    if file.suffix == ".jsonl":
+        return True
+    try:
+        with file.open("rb") as stream:
+            return stream.read(4096).startswith(b'{"at":')
+    except OSError:
+        return False
+
+
+def _require_unused(what: str, options: dict[str, object]) -> None:
+    for name, value in options.items():
+        if value:
+            raise ConfigError(f"{name} is for {what}; this file is another kind")
+
+
+def _verify_audit_log(file: Path, *, head: str, as_json: bool) -> None:
+    from rich.console import Console
+    from rich.text import Text
+
+    from fedinfer_flower.observability.audit_log import verify_audit_log
+
+    found = verify_audit_log(file, head=head or None)
+    if as_json:
+        typer.echo(json.dumps(vars(found)))
+    else:
+        console = Console()
+        style = "green" if found.ok else "red"
+        console.print(Text(found.words, style=style))
+        console.print(Text(f"entries that fit: {found.n_entries}"))
+        console.print(Text(f"head: {found.head}"), soft_wrap=True)
+        verdict = "the audit log verifies" if found.ok else "the audit log does NOT verify"
+        console.print(Text(verdict))
+    if not found.ok:
+        raise typer.Exit(1)
+
+
+def _verify_receipt(file: Path, *, pins: Path | None, coordinator: str, as_json: bool) -> None:
     from fedinfer_flower.receipts.receipt import MAX_RECEIPT_BYTES
     from fedinfer_flower.receipts.verification import verify as verify_bytes
     from fedinfer_flower.wire.pins import read_pins

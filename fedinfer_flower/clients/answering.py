@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from fedinfer_flower.clients.consent import Consent
+from fedinfer_flower.clients.policy_gate import OPEN, UNSIGNED, Passage
 from fedinfer_flower.clients.recovering import recovery_context
 from fedinfer_flower.clients.remembered import Charged, charged_payload
 from fedinfer_flower.clients.site_memory import SiteMemory
@@ -26,12 +27,14 @@ from fedinfer_flower.errors import (
     InvalidScoresError,
     InvalidValueError,
     ProtectionRefusedError,
+    ReplayError,
 )
 from fedinfer_flower.privacy.base import Protection, ScorePlan, key_id_of, make_protection
 from fedinfer_flower.privacy.cohort import Cohort
 from fedinfer_flower.privacy.legality import require_legal
 from fedinfer_flower.privacy.row_digest import EXACT_SUM_CONTEXT, row_digests
 from fedinfer_flower.settlement.evidence import EvidenceForm, agreed_form, site_evidence
+from fedinfer_flower.wire.actions import PREDICT
 from fedinfer_flower.wire.messages import Question
 from fedinfer_flower.wire.sealed_query import seal_answer
 
@@ -72,13 +75,14 @@ def answer_question(
     content: bytes,
     run_id: int,
     now_s: float,
+    passage: Passage | None = None,
 ) -> Answer:
     """Answer a question, or refuse it before anything is spent.
 
-    Order matters: expiry, consent and legality come before the query id is used up, that
-    before the budget, the budget before the model sees the query, the model before the
-    protection, and a score that is not finite or larger than its rule allows is refused
-    before it is protected, where nobody could see it any more.
+    Order matters: expiry, consent and legality come before the query is counted, that before
+    the query id is used up, that before the budget, the budget before the model sees the
+    query, the model before the protection, and a score that is not finite or larger than its
+    rule allows is refused before it is protected, where nobody could see it any more.
 
     Parameters
     ----------
@@ -90,18 +94,23 @@ def answer_question(
         Flower's run: a recovery belongs to it.
     now_s : float
         Seconds since 1970.
+    passage : Passage, optional
+        Rules that count the query; default none.
 
     Raises
     ------
     FedInferError
         Typed, and safe to send.
     """
+    passage = passage or Passage(OPEN, PREDICT)
+    account = _account(asked, consent, sealed=sealed)
+    passage.note(querier=account, sealed=sealed)
     if asked.expires_at and now_s > asked.expires_at:
         raise ExpiredError(
             "the query expired before it reached this site",
             hint="ask again, with a longer ttl_s; are the clocks right?",
         )
-    rule, protection, plan = agree(asked, consent, memory, sealed=sealed)
+    rule, protection, plan = agree(asked, consent, memory, sealed=sealed, passage=passage)
     cohort = _cohort(asked, protection, model, memory, content)
     side = protection.site_side(
         plan, public_key=asked.public_key, cohort=cohort, identity=memory.identity
@@ -109,6 +118,8 @@ def answer_question(
     require_evidence(rule, asked, model)
     settles = agreed_to_settle(asked, protection, consent, sealed=sealed)
     context = b"" if cohort is None else recovery_context(cohort, protection, run_id=run_id)
+    require_unanswered(asked.query_id, memory)
+    passage.count(querier=account, query_id=asked.query_id, n_rows=asked.n_queries)
     _admit(asked, protection, plan, context, memory)
     noisy = protection.charge(plan, 1) is not None
 
@@ -153,11 +164,18 @@ def answer_question(
 
 
 def agree(
-    asked: Question, consent: Consent, memory: SiteMemory, *, sealed: bool
+    asked: Question,
+    consent: Consent,
+    memory: SiteMemory,
+    *,
+    sealed: bool,
+    passage: Passage,
 ) -> tuple[EnsembleRule, Protection, ScorePlan]:
     """Build rule, protection and plan from names and options, and check consent."""
     rule = make_rule(asked.rule, dict(asked.rule_options))
     protection = make_protection(asked.protection, dict(asked.protection_options))
+    passage.note(rule=rule.name, protection=protection.name)
+    consent.check_rule(rule)
     require_legal(rule, protection)
     if key_id_of(asked.public_key) != asked.key_id:
         raise BindingError("the public key is not the one that the key id names")
@@ -175,7 +193,34 @@ def agree(
         budgeted=memory.budget is not None,
         own_key_id=memory.identity.key_id,
     )
+    spent = protection.epsilon_delta(plan)
+    if spent is not None:
+        passage.note(epsilon=float(spent[0]))
     return rule, protection, plan
+
+
+def require_unanswered(query_id: str, memory: SiteMemory) -> None:
+    """Refuse a query id that was answered, before it is counted against its querier.
+
+    Raises
+    ------
+    ReplayError
+    """
+    try:
+        memory.answered(query_id)
+    except BindingError:
+        return
+    raise ReplayError(
+        "this site has answered a query with this id", hint="ask again under a fresh query id"
+    )
+
+
+def _account(asked: Question, consent: Consent, *, sealed: bool) -> str:
+    """Return the key id that asks, as far as anything shows it."""
+    if sealed and asked.querier is not None:
+        return asked.querier.key_id
+    # In clear a key id is anybody's to write; a pinned one is all that the site accepts.
+    return asked.key_id if asked.key_id in (consent.querier_key_ids or ()) else UNSIGNED
 
 
 def agreed_to_settle(

@@ -9,8 +9,10 @@ import numpy as np
 import numpy.typing as npt
 
 from fedinfer_flower.clients.adapters.base import class_name
+from fedinfer_flower.clients.answering import require_unanswered
 from fedinfer_flower.clients.calibration import MIN_HOLDOUT
 from fedinfer_flower.clients.containment import contained
+from fedinfer_flower.clients.policy_gate import UNSIGNED
 from fedinfer_flower.clients.recovering import recovery_context
 from fedinfer_flower.clients.site_call import SiteCall
 from fedinfer_flower.clients.site_memory import SiteMemory
@@ -67,6 +69,8 @@ def answer_calibration(call: SiteCall) -> Envelope:
     require_protection(protection)
     spec = HistogramSpec(n_bins=asked.n_bins, max_rows=asked.max_rows, method=asked.method)
     plan = spec.plan(asked.n_sites)
+    account = asked.key_id if asked.key_id in (call.consent.querier_key_ids or ()) else UNSIGNED
+    call.passage.note(protection=protection.name, querier=account)
     _check_consent(call, asked, protection, plan)
     model, memory = call.load(), call.memory
     with contained(
@@ -93,6 +97,8 @@ def answer_calibration(call: SiteCall) -> Envelope:
             plan, public_key=asked.public_key, cohort=cohort, identity=memory.identity
         )
         counts = site_histogram(_scores(model, inputs, labels, asked), spec)
+        require_unanswered(asked.query_id, memory)
+        call.passage.count(querier=account, query_id=asked.query_id, n_rows=0)
         _admit(call, asked, protection, plan, cohort, (inputs, labels))
         payload = side.protect(counts)
     return histogram(

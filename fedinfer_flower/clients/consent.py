@@ -7,7 +7,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
-from fedinfer_flower.errors import ProtectionRefusedError, UntrustedKeyError
+from fedinfer_flower.clients.policy_kinds import kind_of
+from fedinfer_flower.ensemble.base import EnsembleRule
+from fedinfer_flower.errors import (
+    FedInferError,
+    PolicyRefusedError,
+    ProtectionRefusedError,
+    UntrustedKeyError,
+)
 from fedinfer_flower.privacy.base import Protection, ScorePlan
 from fedinfer_flower.wire.messages import Question
 from fedinfer_flower.wire.pins import read_pins
@@ -61,18 +68,24 @@ class OptionLimits:
         ProtectionRefusedError
             Naming the option.
         """
+        broken = self.broken(protection)
+        if broken is not None:
+            raise ProtectionRefusedError(broken[1])
+
+    def broken(self, protection: Protection) -> tuple[str, str] | None:
+        """Return the first limit that options break, as its key and in words; None if all hold."""
         options = protection.options()
         if self.require_self_mask and options.get("self_mask") is False:
-            raise ProtectionRefusedError(
-                "this site answers only with a mask of its own on top", hint="self_mask=True"
-            )
+            words = "this site answers only with a mask of its own on top: self_mask=True"
+            return "require-self-mask", words
         for name, most in (("dropout_share", self.max_dropout_share), ("delta", self.max_delta)):
             if float(options.get(name, 0.0)) > most:
-                raise ProtectionRefusedError(f"this site accepts {name} up to {most:g}")
+                key = f"max-{name.replace('_', '-')}"
+                return key, f"this site accepts {name} up to {most:g}"
         if float(options.get("collusion_share", 1.0)) < self.min_collusion_share:
-            raise ProtectionRefusedError(
-                f"this site accepts collusion_share from {self.min_collusion_share:g}"
-            )
+            words = f"this site accepts collusion_share from {self.min_collusion_share:g}"
+            return "min-collusion-share", words
+        return None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,6 +111,15 @@ class Consent:
     option_limits : OptionLimits
     agrees_to : frozenset of str
         Of `FURTHER_WORK`.
+    rules : frozenset of str, optional
+        Ensemble rules that the site follows; None for any.
+    kinds : frozenset of str, optional
+        What an answer may be, of `policy_kinds.KINDS`; None for anything.
+    min_cohort : int
+        Fewest sites in a sum that may be opened, where a sum hides the answer and the
+        protection itself would have fewer.
+    by_policy : bool
+        Whether a site policy says all this: refusals then name its table and key.
 
     Privacy
     -------
@@ -113,6 +135,39 @@ class Consent:
     max_epsilon_per_query: float | None = None
     option_limits: OptionLimits = field(default_factory=OptionLimits)
     agrees_to: frozenset[str] = frozenset()
+    rules: frozenset[str] | None = None
+    kinds: frozenset[str] | None = None
+    min_cohort: int = 0
+    by_policy: bool = False
+
+    def refusal(
+        self, error: type[FedInferError], message: str, key: str, *, hint: str = ""
+    ) -> FedInferError:
+        """Return an error that names the rule of the site policy, if there is one."""
+        return error(f"{message} ({key})" if self.by_policy else message, hint=hint)
+
+    def check_rule(self, rule: EnsembleRule) -> None:
+        """Refuse a rule under which more would leave than the site agrees to.
+
+        Raises
+        ------
+        PolicyRefusedError
+        """
+        if self.rules is not None and rule.name not in self.rules:
+            raise self.refusal(
+                PolicyRefusedError,
+                f"this site does not follow rule {rule.name!r}",
+                "[answers] rules",
+                hint=f"use {' or '.join(sorted(self.rules))}",
+            )
+        kind = kind_of(rule)
+        if self.kinds is not None and kind not in self.kinds:
+            raise self.refusal(
+                PolicyRefusedError,
+                f"rule {rule.name!r} sends {kind}, which do not leave this site",
+                "[answers] kinds",
+                hint=f"what may leave: {', '.join(sorted(self.kinds))}",
+            )
 
     def require(self, work: str) -> None:
         """Refuse work that the site's owner has not agreed to.
@@ -122,8 +177,10 @@ class Consent:
         ProtectionRefusedError
         """
         if work not in self.agrees_to:
-            raise ProtectionRefusedError(
+            raise self.refusal(
+                ProtectionRefusedError,
                 f"this site has not agreed to take part in {work}",
+                "[answers] agrees-to",
                 hint=f"InferenceMod(..., agrees_to=({work!r},)) at the site; read first what"
                 " that gives away",
             )
@@ -171,8 +228,10 @@ class Consent:
         """
         self._check_protection(asked, protection, plan, budgeted=budgeted)
         if self.require_seal and not sealed:
-            raise ProtectionRefusedError(
+            raise self.refusal(
+                ProtectionRefusedError,
                 "this site answers sealed queries only",
+                "[answers] require-seal",
                 hint="fetch the directory and ask(inputs, directory=...)",
             )
         self._check_keys(asked, protection, sealed=sealed, own_key_id=own_key_id)
@@ -181,8 +240,10 @@ class Consent:
         self, asked: Question, protection: Protection, plan: ScorePlan, *, budgeted: bool
     ) -> None:
         if self.protections is not None and protection.name not in self.protections:
-            raise ProtectionRefusedError(
+            raise self.refusal(
+                ProtectionRefusedError,
                 f"this site does not answer under {protection.name!r}",
+                "[answers] protections",
                 hint=f"use {' or '.join(sorted(self.protections))}",
             )
         if self.protections is None and budgeted and protection.charge(plan, 1) is None:
@@ -191,17 +252,30 @@ class Consent:
                 " fits: it adds no noise",
                 hint="use secagg+dp, he+dp or dp",
             )
-        self.option_limits.check(protection)
+        broken = self.option_limits.broken(protection)
+        if broken is not None:
+            raise self.refusal(ProtectionRefusedError, broken[1], f"[answers] {broken[0]}")
         if asked.n_sites < protection.min_cohort:
             raise ProtectionRefusedError(
                 f"{protection.name!r} needs at least {protection.min_cohort} sites in a sum,"
                 f" {asked.n_sites} are asked"
             )
+        least = protection.least_sites(asked.n_sites)
+        if protection.min_cohort > 1 and least < self.min_cohort:
+            raise self.refusal(
+                PolicyRefusedError,
+                f"this site answers into sums of at least {self.min_cohort} sites; of"
+                f" {asked.n_sites} that are asked, {least} may be enough here",
+                "[answers] min-cohort",
+                hint="ask more sites, or plan for fewer dropouts (dropout_share)",
+            )
         spent = protection.epsilon_delta(plan)
         limit = self.max_epsilon_per_query
         if spent is not None and limit is not None and spent[0] > limit:
-            raise ProtectionRefusedError(
-                f"epsilon {spent[0]:g} a query is above this site's limit of {limit:g}"
+            raise self.refusal(
+                ProtectionRefusedError,
+                f"epsilon {spent[0]:g} a query is above this site's limit of {limit:g}",
+                "[answers] max-epsilon-per-query",
             )
 
     def _check_keys(
@@ -213,8 +287,10 @@ class Consent:
             # In clear nobody signs; under `he` the key for which is encrypted stands for it.
             encrypted_for = asked.key_id if protection.needs_key and not sealed else ""
             if signer not in known and encrypted_for not in known:
-                raise UntrustedKeyError(
+                raise self.refusal(
+                    UntrustedKeyError,
                     "this site does not know the querier's key",
+                    "[queriers]",
                     hint="give the site the key id that 'fedinfer key' prints; a query"
                     " in clear has no signature, so ask under seal",
                 )
@@ -225,10 +301,13 @@ class Consent:
             least = protection.least_sites(asked.n_sites)
             # Sites that are known may be called dropped: even then a sum must hold as many
             # known ones, this site included, as any sum must hold sites.
-            needed = max(least, protection.min_cohort + asked.n_sites - least)
+            cohort = max(protection.min_cohort, self.min_cohort)
+            needed = max(least, cohort + asked.n_sites - least)
             if n_known + 1 < needed:
-                raise UntrustedKeyError(
+                raise self.refusal(
+                    UntrustedKeyError,
                     f"this site knows {n_known} of the other {asked.n_sites - 1} sites of the"
                     f" query, {needed - 1} are needed",
+                    "[sites]",
                     hint="compare key ids with the other sites' operators",
                 )

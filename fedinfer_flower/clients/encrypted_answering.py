@@ -15,8 +15,10 @@ from typing import Final
 import numpy as np
 
 from fedinfer_flower.clients.adapters.base import class_name
+from fedinfer_flower.clients.answering import require_unanswered
 from fedinfer_flower.clients.consent import Consent
 from fedinfer_flower.clients.containment import contained
+from fedinfer_flower.clients.policy_gate import OPEN, Passage
 from fedinfer_flower.clients.site_call import SiteCall
 from fedinfer_flower.clients.site_memory import SiteMemory
 from fedinfer_flower.clients.site_model import SiteModel
@@ -36,6 +38,7 @@ from fedinfer_flower.errors import (
     ShapeError,
     SizeLimitError,
 )
+from fedinfer_flower.wire.actions import ENCRYPTED
 from fedinfer_flower.wire.envelope import DEFAULT_LIMITS, Envelope, WireLimits
 
 __all__ = ["EncryptedPolicy", "RowLimit", "answer_encrypted", "answer_encrypted_call"]
@@ -126,19 +129,25 @@ class EncryptedPolicy:
         ProtectionRefusedError
         """
         if consent.protections is None or NAME not in consent.protections:
-            raise ProtectionRefusedError(
+            raise consent.refusal(
+                ProtectionRefusedError,
                 "this site does not answer encrypted queries",
+                "[answers] protections",
                 hint=f"the site adds {NAME!r} to its protections if it wants to",
             )
         if consent.querier_key_ids is None or asked.key_id not in consent.querier_key_ids:
-            raise ProtectionRefusedError(
+            raise consent.refusal(
+                ProtectionRefusedError,
                 "this site has not pinned the querier's key",
+                "[queriers]",
                 hint="give the site EncryptedQuerier.key_id out of band",
             )
         if asked.min_sites < self.min_sites:
-            raise ProtectionRefusedError(
+            raise consent.refusal(
+                ProtectionRefusedError,
                 f"this site answers into sums of at least {self.min_sites} sites,"
-                f" {asked.min_sites} are promised"
+                f" {asked.min_sites} are promised",
+                "[answers] min-cohort",
             )
 
 
@@ -204,6 +213,7 @@ def answer_encrypted_call(call: SiteCall) -> Envelope:
         memory=call.memory,
         limits=call.limits,
         policy=call.encrypted,
+        passage=call.passage,
     )
 
 
@@ -217,6 +227,7 @@ def answer_encrypted(
     memory: SiteMemory | None = None,
     limits: WireLimits = DEFAULT_LIMITS,
     policy: EncryptedPolicy | None = None,
+    passage: Passage | None = None,
 ) -> Envelope:
     """Evaluate the site's model on an encrypted batch; return the envelope of the answer.
 
@@ -235,6 +246,8 @@ def answer_encrypted(
         With it, a query id is answered once.
     limits : WireLimits
     policy : EncryptedPolicy, optional
+    passage : Passage, optional
+        Rules that count the query; default none.
 
     Raises
     ------
@@ -252,9 +265,16 @@ def answer_encrypted(
     if envelope.run_id != run_id:
         raise BindingError("the query belongs to another run")
     asked = EncryptedQuestion.from_envelope(envelope)
+    passage = passage or Passage(OPEN, ENCRYPTED)
+    passage.note(protection=NAME)
+    passage.require_rows(asked.n_queries)
     if asked.n_queries > limits.max_rows:
         raise SizeLimitError(f"{asked.n_queries} rows; the limit is {limits.max_rows}")
     policy.check(asked, consent)
+    passage.note(querier=asked.key_id)
+    if memory is not None:
+        require_unanswered(asked.query_id, memory)
+    passage.count(querier=asked.key_id, query_id=asked.query_id, n_rows=asked.n_queries)
     if memory is not None:
         memory.admit(asked.query_id, _ADMITTED)
     with (

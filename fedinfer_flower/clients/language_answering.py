@@ -118,6 +118,8 @@ def _require_agreed(ask: ShareAsk, desk: Desk, *, sealed: bool) -> None:
     """Require both consents, the site's and the querier's, and all limits."""
     medium = medium_of(ask.share) if ask.medium == "cache" else ask.medium
     desk.policy.require_medium(medium)
+    desk.passage.note(medium=medium)
+    desk.passage.require_rows(len(ask.questions))
     desk.require_peer(ask.reply_to.key_id)
     # What travels between sites in seals may have begun in clear: only a signature tells.
     by_querier = sealed and ask.consent.querier is not None
@@ -133,7 +135,13 @@ def _require_agreed(ask: ShareAsk, desk: Desk, *, sealed: bool) -> None:
 
 
 def _admit(ask: ShareAsk, desk: Desk, *, verb: str) -> None:
-    desk.admit(ask.consent, round_number=ask.round_number, verb=verb, peer=ask.reply_to.key_id)
+    desk.admit(
+        ask.consent,
+        round_number=ask.round_number,
+        verb=verb,
+        peer=ask.reply_to.key_id,
+        rows=len(ask.questions),
+    )
 
 
 def _made(ask: ShareAsk, desk: Desk, *, sealed: bool) -> tuple[bytes, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
@@ -14,7 +13,7 @@ from flwr.clientapp.typing import ClientAppCallable
 
 from fedinfer_flower.clients import language_answering, refine_answering, refine_rephrasing
 from fedinfer_flower.clients.consent import Consent
-from fedinfer_flower.clients.containment import contained, log_locally
+from fedinfer_flower.clients.containment import contained
 from fedinfer_flower.clients.language_memory import RequestMemory, language_memory
 from fedinfer_flower.clients.language_policy import LanguagePolicy
 from fedinfer_flower.clients.language_speed import measure_speeds
@@ -24,19 +23,21 @@ from fedinfer_flower.clients.language_state import (
     LanguageState,
     get_or_load,
 )
+from fedinfer_flower.clients.mod_options import require_alone
 from fedinfer_flower.clients.model_cache import DEFAULT_CAPACITY
+from fedinfer_flower.clients.policy import SitePolicy
+from fedinfer_flower.clients.policy_gate import Passage, gate_of
+from fedinfer_flower.clients.site_audit import answer_message
 from fedinfer_flower.clients.site_memory import ContextMemory
+from fedinfer_flower.clients.site_place import site_folder, site_name
 from fedinfer_flower.errors import (
-    BindingError,
     ConfigError,
     EnvelopeError,
-    FedInferError,
     InvalidValueError,
     ModelAnswerError,
     ModelError,
     ModelLoadError,
 )
-from fedinfer_flower.wire import messages
 from fedinfer_flower.wire.actions import (
     CANDIDATES,
     GENERATE,
@@ -48,15 +49,12 @@ from fedinfer_flower.wire.actions import (
 )
 from fedinfer_flower.wire.envelope import DEFAULT_LIMITS, Envelope, Kind, WireLimits
 from fedinfer_flower.wire.language_card import FuserNote, LanguageCard
-from fedinfer_flower.wire.records import pack, unpack
 
 if TYPE_CHECKING:
     from fedinfer_flower.kv.fuser_bank import FuserBank
     from fedinfer_flower.kv.gate import Gate
 
 __all__ = ["LanguageMod", "LanguagePolicy", "LanguageSite"]
-
-log = logging.getLogger("fedinfer_flower.site")
 
 _SEE_LOG: Final = "see the site's own log"
 _PREFIX: Final = "query."
@@ -96,6 +94,9 @@ class LanguageMod:
     limits : WireLimits
     max_models : int
         Models kept resident in one process.
+    site_policy : SitePolicy, optional
+        Says all of the above but the model, fusers, gate and rephraser; its limits, actions
+        and audit log are enforced as well. `clients.site_app` makes a whole app of one.
 
     Raises
     ------
@@ -133,7 +134,16 @@ class LanguageMod:
         require_seal: bool = False,
         limits: WireLimits = DEFAULT_LIMITS,
         max_models: int = DEFAULT_CAPACITY,
+        site_policy: SitePolicy | None = None,
     ) -> None:
+        if site_policy is not None:
+            require_alone((policy, name, home, querier_key_ids, peer_key_ids, require_seal))
+            policy = site_policy.language_policy
+            name, home, limits = (
+                site_policy.site.name,
+                site_policy.site.home,
+                site_policy.wire_limits,
+            )
         if not callable(load_model):
             raise InvalidValueError("load_model is a function from Context to a language model")
         if policy is not None and not isinstance(policy, LanguagePolicy):
@@ -149,10 +159,15 @@ class LanguageMod:
         self._policy = policy or LanguagePolicy()
         self._fusers, self._gate, self._rephrase = fusers, gate, rephrase
         self._name, self._home = name, home
-        self._keys = Consent(
-            querier_key_ids=None if querier_key_ids is None else frozenset(querier_key_ids),
-            peer_key_ids=None if peer_key_ids is None else frozenset(peer_key_ids),
-            require_seal=require_seal,
+        self._site_gate = gate_of(site_policy)
+        self._keys = (
+            site_policy.consent
+            if site_policy is not None
+            else Consent(
+                querier_key_ids=None if querier_key_ids is None else frozenset(querier_key_ids),
+                peer_key_ids=None if peer_key_ids is None else frozenset(peer_key_ids),
+                require_seal=require_seal,
+            )
         )
         self._limits, self._max_models = limits, max_models
 
@@ -183,32 +198,20 @@ class LanguageMod:
 
     def handle(self, message: Message, context: Context) -> Message:
         """Answer one message. Always returns a valid reply, and never the text of an exception."""
-        try:
-            return Message(pack(self._reply(message, context)), reply_to=message)
-        except FedInferError as exc:
-            envelope = self._error(exc, message, context)
-        except BaseException as exc:
-            # A tokenizer that panics raises what is no `Exception`.
-            if isinstance(exc, (KeyboardInterrupt, GeneratorExit)):
-                raise
-            log_locally(exc)
-            generic = ModelAnswerError("the site's handler failed", hint=_SEE_LOG)
-            envelope = self._error(generic, message, context)
-        return Message(pack(envelope), reply_to=message)
+        return answer_message(
+            message, context, self._reply, gate=self._site_gate, limits=self._limits
+        )
 
-    def _reply(self, message: Message, context: Context) -> Envelope:
-        if not message.has_content():
-            raise EnvelopeError("a message without content")
-        envelope = unpack(message.content, limits=self._limits)
-        if envelope.run_id != context.run_id:
-            raise BindingError("the message belongs to another run")
+    def _reply(
+        self, message: Message, envelope: Envelope, context: Context, passage: Passage
+    ) -> Envelope:
         action, sender = _action(message), context.node_id
         if action == INTRODUCE and envelope.kind is Kind.HELLO:
             return self._card(context).to_envelope(sender=sender)
         if envelope.kind is not Kind.QUERY:
             raise EnvelopeError(f"action {action!r} does not take a {envelope.kind.value} envelope")
         verb, medium = envelope.meta.get("verb"), envelope.meta.get("medium")
-        desk = self._desk(context)
+        desk = self._desk(context, passage)
         with contained(ModelAnswerError, "the request failed", hint=_SEE_LOG, pass_typed=True):
             if action == REPHRASE:
                 return refine_rephrasing.rephrase(envelope, desk, sender=sender)
@@ -235,7 +238,7 @@ class LanguageMod:
         ]
         card = LanguageCard(
             run_id=context.run_id,
-            name=self._site_name(context),
+            name=site_name(self._name, context),
             layout=state.model.layout.to_json(),
             node_id=context.node_id,
             media=policy.media,
@@ -251,7 +254,7 @@ class LanguageMod:
         )
         return card.signed(self._memory(context).identity)
 
-    def _desk(self, context: Context) -> Desk:
+    def _desk(self, context: Context, passage: Passage) -> Desk:
         folder = self._folder(context)
         keys = self._keys if folder is None else self._keys.with_pins_of(folder)
         return Desk(
@@ -264,6 +267,7 @@ class LanguageMod:
             querier_key_ids=keys.querier_key_ids,
             peer_key_ids=keys.peer_key_ids,
             require_seal=keys.require_seal,
+            passage=passage,
         )
 
     def _memory(self, context: Context) -> RequestMemory:
@@ -271,12 +275,7 @@ class LanguageMod:
         return ContextMemory(context) if folder is None else language_memory(folder.absolute())
 
     def _folder(self, context: Context) -> Path | None:
-        given = self._home(context) if callable(self._home) else self._home
-        home = str(given or context.node_config.get("fedinfer-home") or "")
-        if not home:
-            return None
-        partition = context.node_config.get("partition-id")
-        return Path(home) / ("" if partition is None else f"partition-{partition}")
+        return site_folder(self._home, context)
 
     def _state(self, context: Context) -> LanguageState:
         partition = str(context.node_config.get("partition-id", context.node_id))
@@ -299,18 +298,6 @@ class LanguageMod:
             if self._policy.share_speeds:
                 state.speeds = measure_speeds(site.model)
         return state
-
-    def _site_name(self, context: Context) -> str:
-        default = f"site-{context.node_config.get('partition-id', context.node_id)}"
-        return str(self._name or context.node_config.get("name", default))[:128]
-
-    def _error(self, exc: FedInferError, message: Message, context: Context) -> Envelope:
-        query_id = ""
-        try:
-            query_id = unpack(message.content, limits=self._limits).query_id
-        except Exception:
-            log.debug("the message could not be read at all")
-        return messages.error(exc, run_id=context.run_id, sender=context.node_id, query_id=query_id)
 
 
 def _action(message: Message) -> str:

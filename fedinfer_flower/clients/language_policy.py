@@ -193,7 +193,8 @@ class LanguagePolicy:
         if medium not in self.media:
             raise MediumRefusedError(
                 f"this site does not share {medium!r}: {_WHY.get(medium, 'unknown medium')}",
-                hint=f"its operator turns it on: LanguagePolicy({medium.replace('-', '_')}=True)",
+                hint=f"its operator turns it on: LanguagePolicy({medium.replace('-', '_')}=True),"
+                f" or [language] {medium} in its policy",
             )
 
     def require_on(self, name: str, what: str) -> None:
@@ -206,7 +207,8 @@ class LanguagePolicy:
         if not getattr(self, name):
             raise MediumRefusedError(
                 f"this site does not {what}",
-                hint=f"its operator turns it on: LanguagePolicy({name}=True)",
+                hint=f"its operator turns it on: LanguagePolicy({name}=True),"
+                f" or [language] {name.replace('_', '-')} in its policy",
             )
 
     def require_questions(self, questions: Sequence[str]) -> None:

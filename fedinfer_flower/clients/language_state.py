@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from fedinfer_flower.clients.language_memory import RequestMemory, request_name
 from fedinfer_flower.clients.language_policy import LanguagePolicy
+from fedinfer_flower.clients.policy_gate import OPEN, UNSIGNED, Passage
 from fedinfer_flower.errors import MediumRefusedError, UntrustedKeyError
 from fedinfer_flower.kv.handles import HandleStore
 from fedinfer_flower.wire.envelope import WireLimits
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 __all__ = ["Desk", "LanguageSite", "LanguageState", "clear", "get_or_load"]
 
 _MAX_STATES: Final = 1024
+_STEPS: Final = ("rephrase", "refine", "own")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,6 +137,8 @@ class Desk:
     querier_key_ids, peer_key_ids : frozenset of str, optional
         Known queriers and sites; None for any.
     require_seal : bool
+    passage : Passage
+        What is known of the message, and the rules that count it.
     """
 
     state: LanguageState
@@ -146,6 +150,7 @@ class Desk:
     querier_key_ids: frozenset[str] | None = field(default=None, repr=False)
     peer_key_ids: frozenset[str] | None = field(default=None, repr=False)
     require_seal: bool = False
+    passage: Passage = field(default_factory=lambda: Passage(OPEN, ""), repr=False)
 
     @property
     def identity(self) -> Identity:
@@ -159,15 +164,16 @@ class Desk:
         ------
         UntrustedKeyError, MediumRefusedError, ExpiredError, BindingError
         """
+        self.passage.note(querier=consent.querier_key_id or UNSIGNED, sealed=sealed)
         if self.require_seal and not sealed:
             raise MediumRefusedError(
-                "this site works on sealed questions only",
+                "this site works on sealed questions only" + self._rule("[answers] require-seal"),
                 hint="ask through a LanguageQuerier, with fusers at the receiver",
             )
         known = self.querier_key_ids
         if known is not None and consent.querier_key_id not in known:
             raise UntrustedKeyError(
-                "this site does not know the querier's key",
+                "this site does not know the querier's key" + self._rule("[queriers]"),
                 hint="give the site the querier's key id; questions in clear have no signature,"
                 " so ask through a LanguageQuerier",
             )
@@ -175,7 +181,8 @@ class Desk:
         # All rounds, not this one: what a site gives in the first is passed on in the next.
         if consent.max_rounds > self.policy.max_rounds:
             raise MediumRefusedError(
-                f"{consent.max_rounds} rounds; this site takes part in {self.policy.max_rounds}",
+                f"{consent.max_rounds} rounds; this site takes part in {self.policy.max_rounds}"
+                + self._rule("[language] max-rounds"),
                 hint="ask for fewer rounds, or leave this site out",
             )
 
@@ -188,21 +195,37 @@ class Desk:
         """
         if self.peer_key_ids is not None and key_id not in self.peer_key_ids:
             raise UntrustedKeyError(
-                f"this site does not know the site with key {key_id[:16]}",
+                f"this site does not know the site with key {key_id[:16]}" + self._rule("[sites]"),
                 hint="compare key ids with its operator, and pin it",
             )
 
-    def admit(self, consent: QuerierConsent, *, round_number: int, verb: str, peer: str) -> None:
-        """Use up one request of a batch.
+    def admit(
+        self, consent: QuerierConsent, *, round_number: int, verb: str, peer: str, rows: int
+    ) -> None:
+        """Count one request of a batch, and use it up.
+
+        Parameters
+        ----------
+        rows : int
+            Questions of the batch. Rewriting, refining and answering alone are steps of one
+            answer, and are counted once.
 
         Raises
         ------
-        ReplayError
+        PolicyRefusedError, ReplayError
         """
         name = request_name(
             query_id=consent.query_id, round_number=round_number, verb=verb, receiver=peer
         )
+        step = "answer" if verb in _STEPS else verb
+        counted = request_name(
+            query_id=consent.query_id, round_number=round_number, verb=step, receiver=peer
+        )
+        self.passage.count(querier=consent.querier_key_id, query_id=counted, n_rows=rows)
         self.memory.admit(name, b"")
+
+    def _rule(self, key: str) -> str:
+        return f" ({key})" if self.passage.has_policy else ""
 
     def scope(self, *, query_id: str, verb: str) -> str:
         """Return what a handle is bound to, beside the querier."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable, Collection
 from pathlib import Path
@@ -14,21 +13,24 @@ from flwr.clientapp.typing import ClientAppCallable
 
 from fedinfer_flower.clients.answering import answer_question
 from fedinfer_flower.clients.consent import Consent, OptionLimits
-from fedinfer_flower.clients.containment import contained, log_locally
+from fedinfer_flower.clients.containment import contained
 from fedinfer_flower.clients.further_work import further_handler
-from fedinfer_flower.clients.mod_options import LoadModel, check_options
+from fedinfer_flower.clients.mod_options import LoadModel, check_options, require_alone
 from fedinfer_flower.clients.model_cache import DEFAULT_CAPACITY, get_or_load
+from fedinfer_flower.clients.policy import SitePolicy
+from fedinfer_flower.clients.policy_gate import Passage, gate_of
+from fedinfer_flower.clients.policy_loader import PolicyLoader
 from fedinfer_flower.clients.recovering import answer_recovery
+from fedinfer_flower.clients.site_audit import answer_message
 from fedinfer_flower.clients.site_call import SiteCall
 from fedinfer_flower.clients.site_memory import ContextMemory, SiteMemory, home_memory
 from fedinfer_flower.clients.site_model import SiteModel, prepare
+from fedinfer_flower.clients.site_place import site_folder, site_name
 from fedinfer_flower.clients.stack_shelf import bring_stack
 from fedinfer_flower.clients.stating import signed_statement
 from fedinfer_flower.errors import (
-    BindingError,
     ConfigError,
     EnvelopeError,
-    FedInferError,
     ModelAnswerError,
     ModelLoadError,
 )
@@ -38,16 +40,15 @@ from fedinfer_flower.wire import messages
 from fedinfer_flower.wire.actions import ACTIONS, HELLO, PREDICT, PREFIX, RECOVER
 from fedinfer_flower.wire.directory import SiteCard, site_card
 from fedinfer_flower.wire.envelope import DEFAULT_LIMITS, Envelope, Kind, WireLimits
-from fedinfer_flower.wire.records import content_digest, pack, unpack
+from fedinfer_flower.wire.records import content_digest
 from fedinfer_flower.wire.recovery import read_recovery, recovered
 from fedinfer_flower.wire.sealed_query import open_question
 
 if TYPE_CHECKING:
     from fedinfer_flower.clients.encrypted_answering import EncryptedPolicy
+    from fedinfer_flower.clients.stack_mod import StackingMod
 
 __all__ = ["InferenceMod", "inference"]
-
-log = logging.getLogger("fedinfer_flower.site")
 
 _SEE_LOG = "see the site's own log"
 
@@ -100,6 +101,9 @@ class InferenceMod:
         Largest messages that are read.
     max_models : int
         Models kept resident in one process.
+    site_policy : SitePolicy, optional
+        Says all of the above but `load_model` and `max_models`; its limits, actions and audit
+        log are enforced as well. `clients.site_app` makes a whole app of one.
 
     Raises
     ------
@@ -143,7 +147,23 @@ class InferenceMod:
         agrees_to: Collection[str] = (),
         limits: WireLimits = DEFAULT_LIMITS,
         max_models: int = DEFAULT_CAPACITY,
+        site_policy: SitePolicy | None = None,
     ) -> None:
+        if site_policy is not None:
+            keys = (querier_key_ids, peer_key_ids, require_seal)
+            bounds = (protections, max_epsilon_per_query, option_limits, tuple(agrees_to))
+            require_alone((name, home, budget, encrypted, *keys, *bounds))
+            name, home, limits = (
+                site_policy.site.name,
+                site_policy.site.home,
+                site_policy.wire_limits,
+            )
+            budget, encrypted = site_policy.budget, site_policy.encrypted
+            protections, agrees_to = site_policy.answers.protections, site_policy.answers.agrees_to
+            receipts = site_policy.answers.receipts
+            share_counts = (
+                "presence" if site_policy.model is None else site_policy.model.share_counts
+            )
         check_options(
             load_model=load_model,
             share_counts=share_counts,
@@ -160,14 +180,19 @@ class InferenceMod:
         self._load_model = load_model
         self._share_counts = CountsKind(share_counts)
         self._name = name
-        self._consent = Consent(
-            protections=None if protections is None else frozenset(protections),
-            querier_key_ids=None if querier_key_ids is None else frozenset(querier_key_ids),
-            peer_key_ids=None if peer_key_ids is None else frozenset(peer_key_ids),
-            require_seal=require_seal,
-            max_epsilon_per_query=max_epsilon_per_query,
-            option_limits=option_limits or OptionLimits(),
-            agrees_to=frozenset(agrees_to),
+        self._gate = gate_of(site_policy)
+        self._consent = (
+            site_policy.consent
+            if site_policy is not None
+            else Consent(
+                protections=None if protections is None else frozenset(protections),
+                querier_key_ids=None if querier_key_ids is None else frozenset(querier_key_ids),
+                peer_key_ids=None if peer_key_ids is None else frozenset(peer_key_ids),
+                require_seal=require_seal,
+                max_epsilon_per_query=max_epsilon_per_query,
+                option_limits=option_limits or OptionLimits(),
+                agrees_to=frozenset(agrees_to),
+            )
         )
         self._home = home
         self._budget = budget
@@ -175,11 +200,16 @@ class InferenceMod:
         self._receipts = receipts
         self._limits = limits
         self._max_models = max_models
-        self._stacking = None
+        self._stacking: StackingMod | None = None
         if "stacking" in agrees_to:
             from fedinfer_flower.clients.stack_mod import StackingMod
 
             self._stacking = StackingMod(self)
+
+    @property
+    def stacking(self) -> StackingMod | None:
+        """The site's part in the training of stacks, if it has agreed to that."""
+        return self._stacking
 
     def __call__(self, message: Message, context: Context, call_next: ClientAppCallable) -> Message:
         """Act as a Flower mod."""
@@ -215,30 +245,12 @@ class InferenceMod:
         return app
 
     def handle(self, message: Message, context: Context) -> Message:
-        """Answer one ``query.fi_*`` message. Always returns a valid reply.
+        """Answer one ``query.fi_*`` message. Always returns a valid reply: `answer_message`."""
+        return answer_message(message, context, self._reply, gate=self._gate, limits=self._limits)
 
-        A reply that is None or cannot be sent blocks a SuperNode for good, and the text
-        of an exception travels to the server: neither leaves this function.
-        """
-        try:
-            # Packed in here, because a value that JSON cannot hold raises as well.
-            return Message(pack(self._reply(message, context)), reply_to=message)
-        except FedInferError as exc:
-            envelope = self._error(exc, message, context)
-        except BaseException as exc:  # a tokenizer that panics raises what is no `Exception`
-            if isinstance(exc, (KeyboardInterrupt, GeneratorExit)):
-                raise
-            log_locally(exc)
-            generic = ModelAnswerError("the site's handler failed", hint="see the site's own log")
-            envelope = self._error(generic, message, context)
-        return Message(pack(envelope), reply_to=message)
-
-    def _reply(self, message: Message, context: Context) -> Envelope:
-        if not message.has_content():
-            raise EnvelopeError("a query without content")
-        envelope = unpack(message.content, limits=self._limits)
-        if envelope.run_id != context.run_id:
-            raise BindingError("the query belongs to another run")
+    def _reply(
+        self, message: Message, envelope: Envelope, context: Context, passage: Passage
+    ) -> Envelope:
         action = message.metadata.message_type.removeprefix("query.")
         run_id, sender = context.run_id, context.node_id
         if action == HELLO and envelope.kind is Kind.HELLO:
@@ -247,13 +259,14 @@ class InferenceMod:
             card = SiteCard.signed(profile, identity=identity, run_id=run_id)
             return site_card(card, sender=sender)
         if action == PREDICT and envelope.kind in (Kind.QUERY, Kind.SEALED_QUERY):
-            return self._answer(envelope, context, content_digest(message.content))
+            return self._answer(envelope, context, passage, content_digest(message.content))
         if action == RECOVER and envelope.kind is Kind.RECOVER:
             with contained(ModelAnswerError, "recovery failed", hint=_SEE_LOG, pass_typed=True):
                 call = read_recovery(envelope)
                 reply = answer_recovery(call, self._memory(context), run_id=run_id)
             return recovered(reply, query_id=envelope.query_id, run_id=run_id, sender=sender)
         if envelope.kind is Kind.PING:
+            passage.require_action("ping")
             return Envelope(kind=Kind.PING, run_id=run_id, sender=sender)
         handler = further_handler(action, envelope.kind)
         return handler(
@@ -266,10 +279,13 @@ class InferenceMod:
                 load=lambda: self._model(context),
                 limits=self._limits,
                 encrypted=self._encrypted,
+                passage=passage,
             )
         )
 
-    def _answer(self, envelope: Envelope, context: Context, content: bytes) -> Envelope:
+    def _answer(
+        self, envelope: Envelope, context: Context, passage: Passage, content: bytes
+    ) -> Envelope:
         memory = self._memory(context)
         sealed = envelope.kind is Kind.SEALED_QUERY
         if sealed:
@@ -278,6 +294,7 @@ class InferenceMod:
             asked = messages.read_question(envelope, limits=self._limits)
             if asked.querier is not None:
                 raise EnvelopeError("a query in clear cannot show that its querier asked it")
+        passage.require_rows(asked.n_queries)
         model = self._model(context)
         with contained(
             ModelAnswerError, "the query could not be answered", hint=_SEE_LOG, pass_typed=True
@@ -293,6 +310,7 @@ class InferenceMod:
                 content=content,
                 run_id=context.run_id,
                 now_s=now_s,
+                passage=passage,
             )
             statement = b""
             if self._receipts and len(asked.roster):
@@ -329,12 +347,7 @@ class InferenceMod:
         return ContextMemory(context)
 
     def _folder(self, context: Context) -> Path | None:
-        given = self._home(context) if callable(self._home) else self._home
-        home = str(given or context.node_config.get("fedinfer-home") or "")
-        if not home:
-            return None
-        partition = context.node_config.get("partition-id")
-        return Path(home) / ("" if partition is None else f"partition-{partition}")
+        return site_folder(self._home, context)
 
     def _agreed(self, context: Context) -> Consent:
         folder = self._folder(context)
@@ -345,29 +358,18 @@ class InferenceMod:
         loader = f"{self._load_model.__module__}.{getattr(self._load_model, '__qualname__', '')}"
 
         def load() -> SiteModel:
-            with contained(ModelLoadError, "load_model failed", hint=_SEE_LOG):
+            ours = isinstance(self._load_model, PolicyLoader)
+            with contained(ModelLoadError, "load_model failed", hint=_SEE_LOG, pass_typed=ours):
                 loaded = self._load_model(context)
             with contained(
                 ModelLoadError, "the model is not usable", hint=_SEE_LOG, pass_typed=True
             ):
                 return prepare(
-                    loaded, name=self._site_name(context), share_counts=self._share_counts
+                    loaded, name=site_name(self._name, context), share_counts=self._share_counts
                 )
 
         key = (context.run_id, partition, loader)
         return get_or_load(key, load, capacity=self._max_models)
-
-    def _site_name(self, context: Context) -> str:
-        default = f"site-{context.node_config.get('partition-id', context.node_id)}"
-        return str(self._name or context.node_config.get("name", default))[:128]
-
-    def _error(self, exc: FedInferError, message: Message, context: Context) -> Envelope:
-        query_id = ""
-        try:
-            query_id = unpack(message.content, limits=self._limits).query_id
-        except Exception:
-            log.debug("the query could not be read at all")
-        return messages.error(exc, run_id=context.run_id, sender=context.node_id, query_id=query_id)
 
 
 def inference(app: ClientApp, **options: object) -> Callable[[LoadModel], LoadModel]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import TYPE_CHECKING, Final
 
 from flwr.app import Context
@@ -15,7 +15,7 @@ from fedinfer_flower.query import CountsKind
 if TYPE_CHECKING:
     from fedinfer_flower.clients.encrypted_answering import EncryptedPolicy
 
-__all__ = ["LoadModel", "check_options"]
+__all__ = ["LoadModel", "check_options", "require_alone"]
 
 LoadModel = Callable[[Context], object]
 
@@ -75,4 +75,19 @@ def check_options(
             "a site with a privacy budget does not answer encrypted queries: no answer to"
             " them has noise that the budget could count",
             hint="drop the budget, or answer under dp, secagg+dp or he+dp only",
+        )
+
+
+def require_alone(options: Iterable[object]) -> None:
+    """Require that nothing is said in code of which the site policy says everything.
+
+    Raises
+    ------
+    ConfigError
+        If one of the options is given.
+    """
+    if any(given not in (None, False, ()) for given in options):
+        raise ConfigError(
+            "a site policy, and options beside it that it covers",
+            hint="say it in the policy: its digest is in the audit log, options are not",
         )

@@ -2,19 +2,21 @@
 
 It lives at module level because Flower's simulation engine rebuilds the ClientApp, and
 with it every mod, for each message; a Ray actor serves any partition, so the key has
-run and partition in it and the bound keeps ten partitions from filling the memory.
+run and partition in it and the bound keeps ten partitions from filling the memory. A site's
+own worker serves one app, which no run can change: there a model stays for all runs
+(`keep_across_runs`).
 """
 
 from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Final
 
 from fedinfer_flower.clients.site_model import SiteModel
 
-__all__ = ["DEFAULT_CAPACITY", "clear", "get_or_load"]
+__all__ = ["DEFAULT_CAPACITY", "clear", "forget_other_runs", "get_or_load", "keep_across_runs"]
 
 DEFAULT_CAPACITY: Final = 8
 """Models held per process; more are dropped, least recently used first."""
@@ -23,6 +25,25 @@ _Key = tuple[int, str, str]
 _models: OrderedDict[_Key, SiteModel] = OrderedDict()
 _locks: dict[_Key, threading.Lock] = {}
 _guard = threading.Lock()
+_ANY_RUN: Final = 0
+_across_runs = threading.Event()
+
+
+def keep_across_runs() -> None:
+    """Keep one model for all runs of this process, from now on.
+
+    For a process whose app is the site's own. What loads the model must not depend on the
+    run: it is given the Context of the first one.
+    """
+    _across_runs.set()
+
+
+def forget_other_runs(run_ids: Collection[int]) -> None:
+    """Drop the models of runs that are not among `run_ids`; those of all runs stay."""
+    with _guard:
+        for key in [key for key in _models if key[0] not in {_ANY_RUN, *run_ids}]:
+            del _models[key]
+            _locks.pop(key, None)
 
 
 def get_or_load(key: _Key, load: Callable[[], SiteModel], *, capacity: int) -> SiteModel:
@@ -30,6 +51,8 @@ def get_or_load(key: _Key, load: Callable[[], SiteModel], *, capacity: int) -> S
 
     A load that raises leaves nothing behind: the next query tries again.
     """
+    if _across_runs.is_set():
+        key = (_ANY_RUN, *key[1:])
     with _guard:
         lock = _locks.setdefault(key, threading.Lock())
     with lock:
@@ -47,7 +70,8 @@ def get_or_load(key: _Key, load: Callable[[], SiteModel], *, capacity: int) -> S
 
 
 def clear() -> None:
-    """Forget all models of this process."""
+    """Forget all models of this process, and that they stay across runs."""
+    _across_runs.clear()
     with _guard:
         _models.clear()
         _locks.clear()

@@ -19,6 +19,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
+from fedinfer_flower.clients.policy_gate import OPEN, Passage
 from fedinfer_flower.errors import (
     BindingError,
     EnvelopeError,
@@ -210,6 +211,7 @@ def answer_mpc(
     run_id: int,
     sender: int,
     limits: WireLimits = DEFAULT_LIMITS,
+    passage: Passage | None = None,
 ) -> Envelope:
     """Answer one `MPC` message.
 
@@ -221,12 +223,17 @@ def answer_mpc(
         Flower's run, and this site's node id.
     limits : WireLimits
         Largest sizes that this site accepts.
+    passage : Passage, optional
+        Rules of a site policy, as `site_audit.answer_message` hands them to its handler;
+        default none. A session's rows are counted once, for its querier.
 
     Raises
     ------
     FedInferError
         Typed, and safe to send.
     """
+    passage = passage or Passage(OPEN, MPC)
+    passage.require_action("mpc")
     if envelope.kind is not Kind.JOB or envelope.run_id != run_id:
         raise BindingError("the message belongs to another run, or is no job")
     if sum(len(data) for _, data in envelope.sections) > limits.max_payload_bytes:
@@ -236,11 +243,11 @@ def answer_mpc(
     if verb == "statement":
         sections = (("statement", site.statement.to_bytes(site.identity)),)
     elif verb == "weights":
-        session = MpcSession.from_bytes(envelope.section("session"))
+        session = _counted_session(envelope, site, passage)
         shares = site.share_weights(session)
         sections = tuple((f"share-{rank}", data) for rank, data in enumerate(shares))
     elif verb == "compute":
-        sections = _compute(envelope, site)
+        sections = _compute(envelope, site, _counted_session(envelope, site, passage))
     else:
         raise EnvelopeError("a verb that this release does not know")
     return Envelope(
@@ -253,9 +260,22 @@ def answer_mpc(
     )
 
 
-def _compute(envelope: Envelope, site: MpcSite) -> tuple[tuple[str, bytes], ...]:
-    ends_at = time.monotonic() + fields.number(envelope.meta, "seconds-left")
+def _counted_session(envelope: Envelope, site: MpcSite, passage: Passage) -> MpcSession:
+    """Return the session, after the site's consent to it and the limits of its policy."""
     session = MpcSession.from_bytes(envelope.section("session"))
+    site.consent.check(session)
+    passage.note(querier=session.querier.key_id, protection="mpc")
+    n_rows = session.n_queries * session.n_batches
+    passage.require_rows(n_rows)
+    name = f"mpc-{session.session_id}"
+    passage.count(querier=session.querier.key_id, query_id=name, n_rows=n_rows)
+    return session
+
+
+def _compute(
+    envelope: Envelope, site: MpcSite, session: MpcSession
+) -> tuple[tuple[str, bytes], ...]:
+    ends_at = time.monotonic() + fields.number(envelope.meta, "seconds-left")
     try:
         results = site.compute(
             session,

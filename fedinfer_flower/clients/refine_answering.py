@@ -98,7 +98,8 @@ def score_candidates(envelope: Envelope, desk: Desk, *, sender: int) -> Envelope
     longest = desk.policy.max_note_chars
     if any(len(candidate) > longest for candidate in asked.candidates):
         raise SizeLimitError(f"a candidate of more than {longest} characters")
-    desk.admit(asked.consent, round_number=1, verb="candidates", peer="")
+    rows = len(asked.questions)
+    desk.admit(asked.consent, round_number=1, verb="candidates", peer="", rows=rows)
     model = desk.state.model
     with (
         desk.state.lock,
@@ -156,7 +157,8 @@ def _kept(request: RefineRequest, desk: Desk) -> Kept:
         desk.require_consent(
             kept.asked.consent, sealed=kept.sealed, round_number=request.round_number
         )
-        desk.admit(kept.asked.consent, round_number=request.round_number, verb=verb, peer="")
+        desk.passage.note(n_rows=len(kept.asked.questions))
+        _use_up(kept.asked, request, desk, verb=verb)
     except HandleError:
         if not request.asked:
             raise
@@ -169,7 +171,7 @@ def _kept(request: RefineRequest, desk: Desk) -> Kept:
             host=request.host,
         )
         # Before the model works on it: a replay must cost the site nothing.
-        desk.admit(asked.consent, round_number=request.round_number, verb=verb, peer="")
+        _use_up(asked, request, desk, verb=verb)
         kept = keep(
             asked,
             request.sharers,
@@ -186,7 +188,17 @@ def _spend_both(kept: Kept, request: RefineRequest, desk: Desk) -> None:
     """Answer a batch once: a refined answer uses up the own one, and the other way round."""
     other = "own" if request.parts else "refine"
     with contextlib.suppress(ReplayError):
-        desk.admit(kept.asked.consent, round_number=request.round_number, verb=other, peer="")
+        _use_up(kept.asked, request, desk, verb=other)
+
+
+def _use_up(asked: Asked, request: RefineRequest, desk: Desk, *, verb: str) -> None:
+    desk.admit(
+        asked.consent,
+        round_number=request.round_number,
+        verb=verb,
+        peer="",
+        rows=len(asked.questions),
+    )
 
 
 def _decoded(kept: Kept, past: Past, desk: Desk) -> list[str]:

@@ -110,7 +110,13 @@ def rephrase(envelope: Envelope, desk: Desk, *, sender: int) -> Envelope:
         round_number=request.round_number,
         host=request.host,
     )
-    desk.admit(asked.consent, round_number=request.round_number, verb="rephrase", peer="")
+    desk.admit(
+        asked.consent,
+        round_number=request.round_number,
+        verb="rephrase",
+        peer="",
+        rows=len(asked.questions),
+    )
     with (
         desk.state.lock,
         contained(
@@ -171,6 +177,7 @@ def open_questions(
     if consent.receiver != desk.identity.key_id and (sealed or consent.receiver):
         raise BindingError("the questions are meant for another site")
     desk.require_consent(consent, sealed=sealed, round_number=round_number)
+    desk.passage.require_rows(len(asked.questions))
     desk.policy.require_questions(asked.questions)
     return asked
 

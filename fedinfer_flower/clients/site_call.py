@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from flwr.app import Context
 
 from fedinfer_flower.clients.consent import Consent
+from fedinfer_flower.clients.policy_gate import Passage
 from fedinfer_flower.clients.site_memory import SiteMemory
 from fedinfer_flower.clients.site_model import SiteModel
 from fedinfer_flower.wire.envelope import Envelope, WireLimits
@@ -36,6 +37,8 @@ class SiteCall:
     load : callable
         Returns the site's model, which stays resident.
     limits : WireLimits
+    passage : Passage
+        What is known of the message, and the rules that count it.
     encrypted : EncryptedPolicy, optional
     """
 
@@ -46,6 +49,7 @@ class SiteCall:
     memory: SiteMemory
     load: Callable[[], SiteModel]
     limits: WireLimits
+    passage: Passage
     encrypted: EncryptedPolicy | None = None
 
     @property

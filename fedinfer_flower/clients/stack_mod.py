@@ -27,6 +27,8 @@ from flwr.common.constant import ErrorCode
 
 from fedinfer_flower.clients.adapters.base import class_name
 from fedinfer_flower.clients.containment import contained, log_locally
+from fedinfer_flower.clients.policy_gate import Passage
+from fedinfer_flower.clients.site_audit import answer_message, refusal_of
 from fedinfer_flower.clients.site_model import SiteModel
 from fedinfer_flower.clients.stack_shelf import keep_stack
 from fedinfer_flower.clients.stack_training import local_step
@@ -48,7 +50,6 @@ from fedinfer_flower.errors import (
 from fedinfer_flower.wire import fields, stack_messages
 from fedinfer_flower.wire.actions import message_type
 from fedinfer_flower.wire.envelope import Envelope
-from fedinfer_flower.wire.records import pack, unpack
 from fedinfer_flower.wire.sealing import SealedBody
 from fedinfer_flower.wire.stack_messages import INSTALL, OFFER, PEERS, TRAIN, StackJob
 
@@ -141,21 +142,15 @@ class StackingMod:
 
     def handle(self, message: Message, context: Context) -> Message:
         """Answer one step. Always returns a valid reply, and no text of an exception."""
-        try:
-            return Message(pack(self._reply(message, context)), reply_to=message)
-        except FedInferError as exc:
-            envelope = self._mod._error(exc, message, context)
-        except BaseException as exc:  # a tokenizer that panics raises what is no `Exception`
-            if isinstance(exc, (KeyboardInterrupt, GeneratorExit)):
-                raise
-            log_locally(exc)
-            generic = ModelAnswerError("the site's handler failed", hint="see the site's own log")
-            envelope = self._mod._error(generic, message, context)
-        return Message(pack(envelope), reply_to=message)
+        mod = self._mod
+        return answer_message(message, context, self._reply, gate=mod._gate, limits=mod._limits)
 
     def train(self, message: Message, context: Context) -> Message:
         """Answer one training round of Flower's strategy."""
+        passage = self._mod._gate.passage(message)
+        passage.note(run_id=str(context.run_id))
         try:
+            passage.require_action()
             with contained(
                 ModelAnswerError,
                 "the training step failed",
@@ -163,20 +158,21 @@ class StackingMod:
                 pass_typed=True,
             ):
                 content = self._step(message.content, context)
+            passage.answered()
             return Message(content, reply_to=message)
         except FedInferError as exc:
-            words = f"{exc.code}: {exc.message}"
+            error = refusal_of(exc, passage)
         except Exception as exc:
             log_locally(exc)
-            words = "the training step failed"
+            error = refusal_of(ModelAnswerError("the training step failed"), passage)
+        words = f"{error.code}: {error.message}"
         return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, words), reply_to=message)
 
     # -- the steps ---------------------------------------------------------------------
 
-    def _reply(self, message: Message, context: Context) -> Envelope:
-        envelope = unpack(message.content, limits=self._mod._limits)
-        if envelope.run_id != context.run_id:
-            raise BindingError("the message belongs to another run")
+    def _reply(
+        self, message: Message, envelope: Envelope, context: Context, passage: Passage
+    ) -> Envelope:
         job, sections = stack_messages.read_step(envelope, limits=self._mod._limits)
         own = self._place(job, context)
         action = message.metadata.message_type.removeprefix("query.")
@@ -184,7 +180,7 @@ class StackingMod:
         if action == OFFER:
             answer, rows = self._offer(job, own, context)
         elif action == PEERS:
-            answer, rows = self._answer_peers(job, own, sections, context)
+            answer, rows = self._answer_peers(job, own, sections, context, passage)
         elif action == INSTALL:
             answer, rows = self._install(job, sections, context)
         else:
@@ -219,7 +215,12 @@ class StackingMod:
         return {"body": sealed.body, "wraps": sealed.wraps}, len(inputs)
 
     def _answer_peers(
-        self, job: StackJob, own: int, sections: Sections, context: Context
+        self,
+        job: StackJob,
+        own: int,
+        sections: Sections,
+        context: Context,
+        passage: Passage,
     ) -> tuple[Sections, int]:
         model, identity = self._mod._model(context), self._mod._memory(context).identity
         places = [p for p in range(len(job.key_ids)) if p != own and f"body-{p}" in sections]
@@ -237,6 +238,9 @@ class StackingMod:
                 owner=owner,
                 max_rows=self._max_rows,
             )
+            passage.require_rows(answered + len(rows))
+            name = f"stack-{job.job_id}"
+            passage.count(querier=owner.key_id, query_id=name, n_rows=len(rows))
             self._count(len(rows), context)  # before the model sees them
             answers[f"answer-{place}"] = stack_messages.seal_answers(
                 exact_probabilities(model.calibrated_logits(rows, job.classes)),

@@ -9,7 +9,8 @@ FedInferError
 │   ├── KeyAtCoordinatorError    FI205  the coordinator would hold the secret key
 │   ├── UnknownConfigKeyError    FI206  a run-config key that nothing reads
 │   ├── CapacityError            FI207  a sum could wrap around its modulus
-│   └── ModelError               FI208  a local model that no adapter fits
+│   ├── ModelError               FI208  a local model that no adapter fits
+│   └── DeploymentError          FI209  a site, gateway or SuperLink that is set up wrongly
 ├── ProtocolError                FI300  a message that must not be believed
 │   ├── EnvelopeError            FI301  malformed bytes or fields
 │   ├── UnsupportedVersionError  FI302  an envelope of another version
@@ -31,7 +32,9 @@ FedInferError
 │   ├── CacheError               FI318  a cache that is malformed, not finite or another model's
 │   ├── HandleError              FI319  a cache handle that is unknown, spent, late or another's
 │   ├── MediumRefusedError       FI320  the site does not share in this way
-│   └── SettlementError          FI321  evidence or a reveal that does not fit its epoch
+│   ├── SettlementError          FI321  evidence or a reveal that does not fit its epoch
+│   ├── PolicyRefusedError       FI322  the site's policy forbids it
+│   └── AuditLogError            FI323  an audit log that cannot be read or written on
 └── QueryError                   FI400  a run that did not go to its end
     ├── SiteFailedError          FI401  a site's app failed outside our handler
     ├── QuorumNotMetError        FI402  too few answers by the deadline
@@ -44,7 +47,13 @@ FedInferError
     ├── FuserError               FI409  no fuser for a pair of models, or one for another pair
     ├── PromptTooLongError       FI410  a prompt longer than the model's window
     ├── SelectionError           FI411  no set of sites fits what was asked for
-    └── LedgerError              FI412  a posting that is refused, or a ledger that does not verify
+    ├── LedgerError              FI412  a posting that is refused, or a ledger that does not verify
+    ├── GatewayError             FI413  the gateway cannot be reached, or answers nonsense
+    ├── AuthenticationError      FI414  an API key that is missing, wrong, expired or too narrow
+    ├── QuotaExceededError       FI415  more than the API key, or the gateway, has room for
+    ├── QueryCancelledError      FI416  a query that its owner called off
+    ├── UnavailableError         FI417  the federation cannot be asked now
+    └── UnknownQueryError        FI418  no query of that id, or not this key's
 
 An error text says what happened, where, the likely cause and the next step. It never
 carries inputs, scores, prompts or keys: Flower sends texts of exceptions to the server.
@@ -57,6 +66,7 @@ from fedinfer_flower.errors.by_code import error_class
 from fedinfer_flower.errors.config import (
     CapacityError,
     ConfigError,
+    DeploymentError,
     IncompatibleProtection,
     InvalidValueError,
     KeyAtCoordinatorError,
@@ -66,6 +76,7 @@ from fedinfer_flower.errors.config import (
     UnknownNameError,
 )
 from fedinfer_flower.errors.protocol import (
+    AuditLogError,
     BindingError,
     BudgetExceededError,
     CacheError,
@@ -77,6 +88,7 @@ from fedinfer_flower.errors.protocol import (
     InvalidScoresError,
     LabelSpaceError,
     MediumRefusedError,
+    PolicyRefusedError,
     ProtectionRefusedError,
     ProtocolError,
     ReceiptError,
@@ -90,7 +102,9 @@ from fedinfer_flower.errors.protocol import (
     UntrustedKeyError,
 )
 from fedinfer_flower.errors.query import (
+    AuthenticationError,
     FuserError,
+    GatewayError,
     LedgerError,
     ModelAnswerError,
     ModelLoadError,
@@ -98,24 +112,32 @@ from fedinfer_flower.errors.query import (
     NotRegisteredError,
     PartyFailedError,
     PromptTooLongError,
+    QueryCancelledError,
     QueryError,
     QuorumNotMetError,
+    QuotaExceededError,
     RecoveryError,
     SelectionError,
     SiteFailedError,
+    UnavailableError,
+    UnknownQueryError,
 )
 
 __all__ = [
+    "AuditLogError",
+    "AuthenticationError",
     "BindingError",
     "BudgetExceededError",
     "CacheError",
     "CapacityError",
     "ConfigError",
+    "DeploymentError",
     "DifferencingError",
     "EnvelopeError",
     "ExpiredError",
     "FedInferError",
     "FuserError",
+    "GatewayError",
     "HandleError",
     "IncompatibleProtection",
     "InvalidCiphertextError",
@@ -132,11 +154,14 @@ __all__ = [
     "NotEnoughNodesError",
     "NotRegisteredError",
     "PartyFailedError",
+    "PolicyRefusedError",
     "PromptTooLongError",
     "ProtectionRefusedError",
     "ProtocolError",
+    "QueryCancelledError",
     "QueryError",
     "QuorumNotMetError",
+    "QuotaExceededError",
     "ReceiptError",
     "RecoveryError",
     "ReplayError",
@@ -147,8 +172,10 @@ __all__ = [
     "SignatureError",
     "SiteFailedError",
     "SizeLimitError",
+    "UnavailableError",
     "UnknownConfigKeyError",
     "UnknownNameError",
+    "UnknownQueryError",
     "UnsupportedVersionError",
     "UntrustedKeyError",
     "error_class",

@@ -7,6 +7,7 @@ from fedinfer_flower.errors.base import FedInferError
 __all__ = [
     "CapacityError",
     "ConfigError",
+    "DeploymentError",
     "IncompatibleProtection",
     "InvalidValueError",
     "KeyAtCoordinatorError",
@@ -69,3 +70,9 @@ class ModelError(ConfigError):
     """A local model that no adapter fits, or without the facts an adapter needs."""
 
     code = "FI208"
+
+
+class DeploymentError(ConfigError):
+    """A site, a gateway or a SuperLink that is set up wrongly."""
+
+    code = "FI209"

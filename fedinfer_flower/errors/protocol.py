@@ -5,6 +5,7 @@ from __future__ import annotations
 from fedinfer_flower.errors.base import FedInferError
 
 __all__ = [
+    "AuditLogError",
     "BindingError",
     "BudgetExceededError",
     "CacheError",
@@ -16,6 +17,7 @@ __all__ = [
     "InvalidScoresError",
     "LabelSpaceError",
     "MediumRefusedError",
+    "PolicyRefusedError",
     "ProtectionRefusedError",
     "ProtocolError",
     "ReceiptError",
@@ -160,3 +162,15 @@ class SettlementError(ProtocolError):
     """Evidence, weights or a reveal of audits that do not fit their epoch."""
 
     code = "FI321"
+
+
+class PolicyRefusedError(ProtocolError):
+    """The site's policy forbids it; the text names the rule."""
+
+    code = "FI322"
+
+
+class AuditLogError(ProtocolError):
+    """An audit log that cannot be read, or written on."""
+
+    code = "FI323"

@@ -5,7 +5,9 @@ from __future__ import annotations
 from fedinfer_flower.errors.base import FedInferError
 
 __all__ = [
+    "AuthenticationError",
     "FuserError",
+    "GatewayError",
     "LedgerError",
     "ModelAnswerError",
     "ModelLoadError",
@@ -13,11 +15,15 @@ __all__ = [
     "NotRegisteredError",
     "PartyFailedError",
     "PromptTooLongError",
+    "QueryCancelledError",
     "QueryError",
     "QuorumNotMetError",
+    "QuotaExceededError",
     "RecoveryError",
     "SelectionError",
     "SiteFailedError",
+    "UnavailableError",
+    "UnknownQueryError",
 ]
 
 
@@ -97,3 +103,39 @@ class LedgerError(QueryError):
     """A posting that the ledger refuses, or a ledger that does not verify."""
 
     code = "FI412"
+
+
+class GatewayError(QueryError):
+    """The gateway cannot be reached, or what it answers is not an answer."""
+
+    code = "FI413"
+
+
+class AuthenticationError(QueryError):
+    """An API key that is missing, wrong, expired, or not meant for this."""
+
+    code = "FI414"
+
+
+class QuotaExceededError(QueryError):
+    """More than the API key may ask, or the gateway has room for."""
+
+    code = "FI415"
+
+
+class QueryCancelledError(QueryError):
+    """A query that its owner called off."""
+
+    code = "FI416"
+
+
+class UnavailableError(QueryError):
+    """The federation cannot be asked now: too few sites, or the gateway is closing."""
+
+    code = "FI417"
+
+
+class UnknownQueryError(QueryError):
+    """No query of that id, or it belongs to another API key."""
+
+    code = "FI418"

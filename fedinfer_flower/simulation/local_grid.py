@@ -4,7 +4,7 @@ For tests and notebooks. Every message is serialised and rebuilt exactly as betw
 SuperLink and a SuperNode, errors are mapped as a real ClientApp process maps them, and a
 reply that would block a real SuperNode is refused. There is no Ray and no network.
 
-flwr internals used here (wire format, task identity) are covered by a contract test.
+Flower's wire format and task identity come from `flower_internals`.
 """
 
 from __future__ import annotations
@@ -21,29 +21,12 @@ from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
-from flwr.supercore.inflatable.inflatable_object import (
-    get_all_nested_objects,
-    no_object_id_recompute,
-)
-from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
-from flwr.supercore.task_identity import TaskIdentity
+
+from fedinfer_flower.flower_internals.local_wire import over_the_wire, take_identity
 
 __all__ = ["LocalGrid", "over_the_wire"]
 
 _FIRST_NODE = 1000
-
-
-def over_the_wire(message: Message) -> tuple[Message, int]:
-    """Return a copy of the message that went through Flower's wire format, and its bytes."""
-    with no_object_id_recompute():
-        object_id = message.object_id
-        blobs = {key: obj.deflate() for key, obj in get_all_nested_objects(message).items()}
-    size = sum(len(blob) for blob in blobs.values())
-    copy = inflate_object_from_contents(object_id, blobs)
-    if not isinstance(copy, Message):
-        raise TypeError("the wire format did not give back a Message")
-    copy.metadata.__dict__["_message_id"] = object_id
-    return copy, size
 
 
 class LocalGrid(Grid):
@@ -85,8 +68,7 @@ class LocalGrid(Grid):
     ) -> None:
         # Fresh for every grid, so that the resident models of one never serve another.
         self.run_id = secrets.randbits(48) + 1
-        TaskIdentity.run_id = self.run_id
-        TaskIdentity.node_id = TaskIdentity.task_id = 1
+        take_identity(run_id=self.run_id)
         self.client_app = client_app
         self.wire_bytes = 0
         self._latency_s = latency_s

@@ -15,7 +15,7 @@ from flwr.serverapp import Grid
 
 from fedinfer_flower.errors import ConfigError, FedInferError
 from fedinfer_flower.planning.question import with_batch
-from fedinfer_flower.query import QueryReport
+from fedinfer_flower.query import QueryReport, SiteOutcome
 from fedinfer_flower.receipts.statement import SignedStatement
 from fedinfer_flower.selection.plan import QueryPlan
 from fedinfer_flower.settlement.book import EvidenceBook
@@ -30,11 +30,8 @@ from fedinfer_flower.strategies.pull_loop import Arrival, stream_replies
 from fedinfer_flower.strategies.query_round import QueryRound
 from fedinfer_flower.strategies.recovery_rounds import ANSWER_SHARE, recover
 from fedinfer_flower.strategies.result import InferenceResult
-from fedinfer_flower.strategies.sealed import (
-    batches_of,
-    n_queries_of,
-    request_bytes_of,
-)
+from fedinfer_flower.strategies.sealed import batches_of, n_queries_of, request_bytes_of
+from fedinfer_flower.strategies.stragglers import Stragglers
 from fedinfer_flower.wire import messages
 from fedinfer_flower.wire.actions import PREDICT, message_type
 from fedinfer_flower.wire.directory import Directory, SiteCard
@@ -58,7 +55,7 @@ class FedEnsemble(EnsembleSettings):
     protection : str or Protection
         What the coordinator is allowed to see.
     deadline : Deadline
-        Seconds and quorum of one batch.
+        Seconds and quorum of one batch, and how long stragglers are waited for.
     fraction_query : float
         Share of the onboarded sites that are asked.
     min_query_nodes, max_query_nodes : int
@@ -120,8 +117,6 @@ class FedEnsemble(EnsembleSettings):
         self._chosen: Chosen | None = None
         self._book: EvidenceBook | None = None
 
-    # -- the verbs ---------------------------------------------------------------------
-
     def configure_onboarding(
         self, grid: Grid, run_id: int, *, n_queries: int = 1, request_bytes: int = 0
     ) -> Onboarding:
@@ -173,6 +168,11 @@ class FedEnsemble(EnsembleSettings):
     def cohort(self) -> dict[int, SiteCard]:
         """The sites that were chosen at onboarding, by node id."""
         return dict(self._cards)
+
+    @property
+    def outcomes(self) -> tuple[SiteOutcome, ...]:
+        """How the sites have fared so far in the batch that is open, or failed."""
+        return () if self._round is None else tuple(self._round.outcomes.values())
 
     def plan(self, grid: Grid, *, n_queries: int, request_bytes: int = 0) -> QueryPlan:
         """Return whom `start` would ask, why, and at what cost; only profiles are fetched.
@@ -238,8 +238,6 @@ class FedEnsemble(EnsembleSettings):
             key_at_coordinator=self._key_here,
         )
 
-    # -- driving ----------------------------------------------------------------------
-
     def start(
         self,
         grid: Grid,
@@ -303,6 +301,7 @@ class FedEnsemble(EnsembleSettings):
         weighed: Mapping[int, SiteCard] | None = None,
         onboarding_s: float = 0.0,
         progress: Progress | None = None,
+        run_id: int | None = None,
     ) -> InferenceResult:
         """Ask a job of given sites; `start` after onboarding.
 
@@ -314,7 +313,10 @@ class FedEnsemble(EnsembleSettings):
             Those to ask, and all that a sealed job may name.
         weighed : mapping of node id to SiteCard, optional
             Sites over which class weights are normalised; default those that are asked.
+        run_id : int, optional
+            Of the cards, where this strategy has onboarded nobody.
         """
+        self._run_id = self._run_id if run_id is None else run_id
         self._key_here = secret_is_here(
             job, self.protection, querier, allowed=self.allow_coordinator_key
         )
@@ -370,14 +372,17 @@ class FedEnsemble(EnsembleSettings):
         timeout_s = self.deadline.timeout_s
         # Masks of sites that drop out take further rounds, which end by the same deadline.
         first_s = ANSWER_SHARE * timeout_s if self.protection.needs_roster else timeout_s
-        waited = 0.0
+        least = self.protection.least_sites(current.plan.n_sites_max)
+        rest = Stragglers(self.deadline, least=least, timeout_s=first_s)
+        waited, size = 0.0, current.reply_bytes
         for arrival in stream_replies(
-            grid, out, timeout_s=first_s, reply_bytes=current.reply_bytes
+            grid, out, timeout_s=first_s, reply_bytes=size, enough_s=rest.ends_s
         ):
             self.accumulate(arrival)
             waited = arrival.seconds
+            rest.note(len(current.answered), waited)
         if not current.complete:
-            waited = first_s
+            waited = rest.ends_s() or first_s
         current.require_answers(seconds=waited, quorum=self.deadline.quorum)
         # Before masks of dropouts are asked for: until then nobody can open the sum.
         self.choosing.require_together(current.answered, self._chosen)

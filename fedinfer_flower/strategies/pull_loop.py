@@ -53,6 +53,7 @@ def stream_replies(
     timeout_s: float,
     reply_bytes: int = 0,
     poll_s: float = 0.02,
+    enough_s: Callable[[], float | None] | None = None,
     clock: Callable[[], float] = time.monotonic,
 ) -> Iterator[Arrival]:
     """Push messages and yield their replies until all are in or time is up.
@@ -66,7 +67,11 @@ def stream_replies(
     reply_bytes : int
         Expected size of one reply; bounds how many are pulled at once.
     poll_s : float
-        Longest pause when nothing new is there; the first are shorter.
+        Longest pause when nothing new is there; the first are shorter. A grid with a method
+        ``wait_for_replies(message_ids, seconds)`` is asked to wait instead.
+    enough_s : callable, optional
+        Asked before every pull: seconds after the push at which the rest is not waited for
+        any more, or None while it is.
     clock : callable
         Monotonic seconds.
 
@@ -94,7 +99,13 @@ def stream_replies(
             yield Arrival(node_id=node_id, reply=None, seconds=clock() - start)
     window = max(1, PULL_BYTES // max(reply_bytes, 1))
     pause_s = poll_s / 16
-    while pending and clock() - start < timeout_s:
+    wait = getattr(grid, "wait_for_replies", None)
+
+    def left_s() -> float:
+        end_s = enough_s() if enough_s is not None else None
+        return (timeout_s if end_s is None else min(timeout_s, end_s)) - (clock() - start)
+
+    while pending and left_s() > 0.0:
         came = 0
         # Oldest first, a window at a time; ids that are not ready cost one request.
         for group in _groups(list(pending), window):
@@ -109,7 +120,10 @@ def stream_replies(
                 return
         pause_s = poll_s / 16 if came else min(2 * pause_s, poll_s)
         if pending and not came:
-            time.sleep(max(0.0, min(pause_s, timeout_s - (clock() - start))))
+            if wait is None:
+                time.sleep(max(0.0, min(pause_s, left_s())))
+            else:
+                wait(list(pending), max(0.0, left_s()))
 
 
 def _groups(ids: list[str], window: int) -> Iterator[set[str]]:

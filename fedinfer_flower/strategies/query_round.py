@@ -115,6 +115,11 @@ class QueryRound:
         return self._cards.keys() <= self._outcomes.keys()
 
     @property
+    def outcomes(self) -> Mapping[int, SiteOutcome]:
+        """How each site fared, as far as that is known, by node id."""
+        return dict(self._outcomes)
+
+    @property
     def answered(self) -> tuple[int, ...]:
         """Node ids of the sites whose answers are in the sum."""
         done = SiteStatus.ANSWERED

@@ -1,0 +1,1 @@
+"""A Flower AgentApp whose model is a federation."""

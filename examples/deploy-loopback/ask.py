@@ -1,0 +1,22 @@
+"""Ask the federation with the OpenAI SDK, as one would ask any model server."""
+
+import os
+import sys
+
+import httpx
+from openai import OpenAI
+
+url, ca = sys.argv[1:]
+client = OpenAI(
+    base_url=f"{url}/v1",
+    api_key=os.environ["FEDINFER_API_KEY"],
+    http_client=httpx.Client(verify=ca),
+)
+question = {"role": "user", "content": "where does anna live ?"}
+
+answer = client.chat.completions.create(model="assistant", messages=[question])
+print("chat:     ", answer.choices[0].message.content)
+
+for event in client.responses.create(model="assistant", input=question["content"], stream=True):
+    if event.type == "response.output_text.done":
+        print("responses:", event.text)

@@ -1,0 +1,52 @@
+"""When to look again: soon after traffic, then less and less often."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+__all__ = ["Polling"]
+
+
+@dataclass(kw_only=True)
+class Polling:
+    """How long to wait before the next look for a message: short after traffic, then longer.
+
+    Parameters
+    ----------
+    least_s, most_s : float
+    calm_after_s : float
+        Time without a message after which `most_s` is reached; the wait grows exponentially
+        until then.
+    clock : callable
+        Monotonic seconds.
+
+    Examples
+    --------
+    >>> now = 0.0
+    >>> polling = Polling(clock=lambda: now)
+    >>> polling.traffic(); polling.pause_s()
+    0.02
+    >>> now = 30.0
+    >>> round(polling.pause_s(), 3)
+    0.25
+    """
+
+    least_s: float = 0.02
+    most_s: float = 0.25
+    calm_after_s: float = 30.0
+    clock: Callable[[], float] = time.monotonic
+    _last: float = field(default=-math.inf, init=False)
+
+    def traffic(self) -> None:
+        """Note that a message came."""
+        self._last = self.clock()
+
+    def pause_s(self) -> float:
+        """Return the seconds until the next look."""
+        share = (self.clock() - self._last) / self.calm_after_s
+        if share >= 1.0:
+            return self.most_s
+        return float(self.least_s * (self.most_s / self.least_s) ** share)

@@ -1,0 +1,1 @@
+"""The gateway: a ServerApp that answers over HTTP."""

@@ -1,0 +1,1 @@
+"""Start processes, watch them, start them again."""
