@@ -12,7 +12,7 @@ client = OpenAI(
     api_key=os.environ["FEDINFER_API_KEY"],
     http_client=httpx.Client(verify=ca),
 )
-question = {"role": "user", "content": "where does anna live ?"}
+question = {"role": "user", "content": "Q city of doriz gufag ?"}
 
 answer = client.chat.completions.create(model="assistant", messages=[question])
 print("chat:     ", answer.choices[0].message.content)

@@ -32,15 +32,17 @@ printf '[superlink]\ndefault = "here"\n[superlink.here]\naddress = "localhost:%s
     "$link" "$out" >"$FLWR_HOME/config.toml"
 wait_for curl -sf --cacert ca.crt "https://localhost:$link/health"
 
-echo "3. who asks: the gateway, and a clinic that keeps its questions to itself"
-mkdir -m 700 gateway-state
-gateway=$(fedinfer key gateway-state/gateway.id) clinic=$(fedinfer key clinic.id)
+echo "3. who is who: keys of the gateway, of a clinic that asks under seal, and of three hospitals, compared by telephone"
+mkdir -m 700 gateway-state north-home south-home west-home
+printf '[queriers]\ngateway = "%s"\nclinic = "%s"\n' "$(fedinfer key gateway-state/gateway.id)" "$(fedinfer key clinic.id)" >pins.toml
+printf '[sites]\n' >>pins.toml
+for name in north south west; do printf '%s = "%s"\n' "$name" "$(fedinfer key $name-home)" >>pins.toml; done
 
 echo "4. three hospitals: a node key, a policy, one command each"
 for name in north south west; do
     ssh-keygen -q -t ecdsa -b 384 -N "" -f "$name.node"
     flwr supernode register "$name.node.pub" here --name "$name" >/dev/null
-    sed -e "s/NAME/$name/g" -e "s/GATEWAY/$gateway/" -e "s/CLINIC/$clinic/" "$here/policy.toml" >"$name.toml"
+    sed "s/NAME/$name/g" "$here/policy.toml" | cat - pins.toml >"$name.toml"
     start "$name" fedinfer site up --policy "$name.toml" --superlink "localhost:$link" \
         --root-certificates ca.crt --node-key "$name.node"
 done
@@ -69,9 +71,9 @@ PY
 curl -sf --cacert ca.crt --config curl.conf -H 'Content-Type: application/json' --data @one.json \
     "https://localhost:$port/v1/query" | python -c 'import json, sys; print("curl:     ", *json.load(sys.stdin)["answer"]["labels"])'
 fedinfer query digits.npy --gateway "https://localhost:$port" --ca ca.crt --model digits --seal --protect secagg \
-    --identity clinic.id --receipt receipt.json | python -c 'import json, sys; print("sealed:   ", *(json.loads(line)["label"] for line in sys.stdin))'
+    --identity clinic.id --pins pins.toml --receipt receipt.json | python -c 'import json, sys; print("sealed:   ", *(json.loads(line)["label"] for line in sys.stdin))'
 python "$here/ask.py" "https://localhost:$port" ca.crt
 
 echo "7. what is left behind: a receipt, and a log at each hospital that nobody can change unseen"
-fedinfer verify receipt.json >/dev/null && echo "the receipt verifies"
+fedinfer verify receipt.json --pins pins.toml >/dev/null && echo "the receipt verifies"
 fedinfer verify north-home/audit.jsonl

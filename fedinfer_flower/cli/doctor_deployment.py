@@ -7,6 +7,7 @@ import re
 import shlex
 import time
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -24,6 +25,7 @@ _OTHERS_WRITE: Final = 0o022
 _MOST_FILES: Final = 2000
 _DAY_S: Final = 86_400.0
 _UNITS: Final = Path("/etc/systemd/system")
+_KEY_OPTIONS: Final = ("--node-key", "--auth-supernode-private-key", "--ssl-keyfile")
 _SERVERS: Final = ("flower-superlink", "flower-supernode", "fedinfer")
 
 
@@ -124,8 +126,6 @@ def _policy(path: Path) -> Iterator[Finding]:
     home = policy.site.home.absolute()
     if home.is_dir():
         yield from _private_tree(home, f"home of {policy.site.name}")
-        for key in ("node.key", "node0"):
-            yield from _mode(home / key, "the node key", _OTHERS, "chmod 600")
     else:
         yield Finding(subject=f"home of {policy.site.name}", status="not made yet", ok=True)
 
@@ -257,7 +257,10 @@ def _command(words: list[str], subject: str) -> Iterator[Finding]:
                 ok=False,
                 mend="--host 127.0.0.1, and a proxy that passes /v1/fleet/ alone: deploy/",
             )
-    if {"--any-code"} & set(words):
+    for option, value in pairwise(words):
+        if option in _KEY_OPTIONS:
+            yield from _mode(Path(value), f"{subject}, key", _OTHERS, "chmod 600")
+    if "--any-code" in words:
         yield Finding(
             subject=subject,
             status="the site runs whatever code the SuperLink sends",

@@ -184,7 +184,12 @@ def site_children(
     still carry the answer.
     """
     run = programs or Programs()
-    environment = quiet_flower() | {"FLWR_HOME": str(home / "flower"), "PYTHONUNBUFFERED": "1"}
+    environment = quiet_flower() | {
+        "FLWR_HOME": str(home / "flower"),
+        "PYTHONUNBUFFERED": "1",
+        # "python -m" would import what others may have put into the working folder.
+        "PYTHONSAFEPATH": "1",
+    }
     common = [*link.arguments(), *_node_config(policy, policy_path, home)]
     if policy.code.trusted_entities is not None:
         common += ["--trusted-entities", str(policy.code.trusted_entities.absolute())]

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from fedinfer_flower.clients.language_memory import RequestMemory, request_name
 from fedinfer_flower.clients.language_policy import LanguagePolicy
+from fedinfer_flower.clients.model_cache import shared_key
 from fedinfer_flower.clients.policy_gate import OPEN, UNSIGNED, Passage
 from fedinfer_flower.errors import MediumRefusedError, UntrustedKeyError
 from fedinfer_flower.kv.handles import HandleStore
@@ -244,7 +245,12 @@ _guard = threading.Lock()
 
 
 def get_or_load(key: _Key, load: Callable[[], LanguageState], *, capacity: int) -> LanguageState:
-    """Return the state of (run, partition, loader), loading it at most once at a time."""
+    """Return the state of (run, partition, loader), loading it at most once at a time.
+
+    One state for all runs where `model_cache` keeps models so: what it holds of a run is bound
+    to that run by name.
+    """
+    key = shared_key(key)
     with _guard:
         lock = _locks.setdefault(key, threading.Lock())
     with lock:

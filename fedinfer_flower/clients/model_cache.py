@@ -16,7 +16,14 @@ from typing import Final
 
 from fedinfer_flower.clients.site_model import SiteModel
 
-__all__ = ["DEFAULT_CAPACITY", "clear", "forget_other_runs", "get_or_load", "keep_across_runs"]
+__all__ = [
+    "DEFAULT_CAPACITY",
+    "clear",
+    "forget_other_runs",
+    "get_or_load",
+    "keep_across_runs",
+    "shared_key",
+]
 
 DEFAULT_CAPACITY: Final = 8
 """Models held per process; more are dropped, least recently used first."""
@@ -46,13 +53,17 @@ def forget_other_runs(run_ids: Collection[int]) -> None:
             _locks.pop(key, None)
 
 
+def shared_key(key: _Key) -> _Key:
+    """Return a key of (run, partition, loader); without its run, if models stay for all runs."""
+    return (_ANY_RUN, *key[1:]) if _across_runs.is_set() else key
+
+
 def get_or_load(key: _Key, load: Callable[[], SiteModel], *, capacity: int) -> SiteModel:
     """Return the model of (run, partition, loader), loading it at most once at a time.
 
     A load that raises leaves nothing behind: the next query tries again.
     """
-    if _across_runs.is_set():
-        key = (_ANY_RUN, *key[1:])
+    key = shared_key(key)
     with _guard:
         lock = _locks.setdefault(key, threading.Lock())
     with lock:

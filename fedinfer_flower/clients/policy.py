@@ -214,12 +214,13 @@ class SitePolicy:
         Raises
         ------
         DeploymentError
-            If it cannot be made, or others can read it.
+            If it cannot be made, others can read it, or it is another user's.
         """
         home = self.site.home.absolute()
         try:
             home.mkdir(parents=True, exist_ok=True, mode=0o700)
-            mode = home.stat().st_mode
+            found = home.stat()
+            mode = found.st_mode
         except OSError as exc:
             raise DeploymentError(
                 f"[site] home cannot be made: {type(exc).__name__}",
@@ -229,6 +230,12 @@ class SitePolicy:
             raise DeploymentError(
                 "[site] home can be read by others: it holds the site's secret keys",
                 hint=f"chmod 700 {home}",
+            )
+        # Only root gets here: nobody else can use another's folder of mode 700.
+        if os.name == "posix" and found.st_uid != os.geteuid():
+            raise DeploymentError(
+                "[site] home belongs to another user, who can put other keys and counters there",
+                hint="run the site as its owner, or give it a folder of its own",
             )
         return home
 
@@ -252,8 +259,9 @@ def _read(name: str, table: object, folder: Path) -> Any:
 
 
 def local_paths(options: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """Return options with their ``path`` relative to the folder of the policy."""
+    """Return options with the paths in them relative to the folder of the policy."""
     given = dict(options)
-    if isinstance(given.get("path"), str):
-        given["path"] = str(folder / Path(given["path"]).expanduser())
+    for key in ("path", "api-key-file"):
+        if isinstance(given.get(key), str):
+            given[key] = str(folder / Path(given[key]).expanduser())
     return given

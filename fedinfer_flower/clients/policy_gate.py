@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import re
 import threading
+from collections import OrderedDict
 from typing import ClassVar, Final
 
 from flwr.app import Message
@@ -25,6 +26,8 @@ UNSIGNED: Final = "unsigned"
 
 _RULE: Final = re.compile(r"\((\[[a-z]+\](?: [a-z-]+)?)\)")
 _LIMITS: Final = "limits.sqlite"
+_MAX_GREETED: Final = 10_000
+"""Runs that are remembered: whoever has the SuperLink can begin any number."""
 
 Fact = str | int | float | bool
 
@@ -178,7 +181,7 @@ class PolicyGate(Gate):
         self._guard = RateGuard(home / _LIMITS, limits) if counts else None
         self._audit = AuditLog(home / audit.log, role="site") if audit.enabled else None
         self._lock = threading.Lock()
-        self._greeted: set[Fact] = set()
+        self._greeted: OrderedDict[str, None] = OrderedDict()
         if self._audit is not None:
             self._audit.append("started", site=policy.site.name, policy_digest=policy.digest)
 
@@ -233,7 +236,9 @@ class PolicyGate(Gate):
         key = f"{passage.verb}|{passage.facts.get('run_id', '')}"
         with self._lock:
             known = key in self._greeted
-            self._greeted.add(key)
+            self._greeted[key] = None
+            if len(self._greeted) > _MAX_GREETED:
+                self._greeted.popitem(last=False)
         return known
 
 

@@ -24,7 +24,14 @@ _CHUNK_BYTES: Final = 1 << 20
 Source = Callable[[Context], object]
 
 
-def source_of(where: str, *, loader: str, kind: str, options: Mapping[str, Any]) -> Source:
+def source_of(
+    where: str,
+    *,
+    loader: str,
+    kind: str,
+    options: Mapping[str, Any],
+    classes: tuple[str, ...] = (),
+) -> Source:
     """Return the function that loads a model.
 
     Parameters
@@ -35,6 +42,8 @@ def source_of(where: str, *, loader: str, kind: str, options: Mapping[str, Any])
         ``"module:function"``; imported now, so that a wrong name is found at the start.
     kind, options : str, mapping
         Of `clients.adapters.make_model`, instead of a loader.
+    classes : tuple of str
+        For a kind that has an option of this name, where `options` does not give it.
 
     Raises
     ------
@@ -42,9 +51,7 @@ def source_of(where: str, *, loader: str, kind: str, options: Mapping[str, Any])
         If the loader cannot be imported.
     """
     if kind:
-        from fedinfer_flower.clients import adapters
-
-        return lambda context: adapters.make_model(kind, options)  # noqa: ARG005
+        return lambda context: _adapted(kind, options, classes=classes)  # noqa: ARG005
     module, _, path = loader.partition(":")
     try:
         found: Any = importlib.import_module(module)
@@ -129,6 +136,16 @@ class PolicyLoader:
         if of_file and of_file == found and not local.digest:
             changes["digest"] = f"sha256:{of_file}"
         return dataclasses.replace(local, **changes)
+
+
+def _adapted(kind: str, options: Mapping[str, Any], *, classes: tuple[str, ...]) -> object:
+    from fedinfer_flower.clients import adapters
+
+    given = dict(options)
+    known: Any = adapters.MODELS.get(kind)
+    if classes and "classes" in {field.name for field in dataclasses.fields(known)}:
+        given.setdefault("classes", classes)
+    return adapters.make_model(kind, given)
 
 
 def _file_digest(path: Path) -> str:

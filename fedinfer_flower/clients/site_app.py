@@ -94,6 +94,7 @@ def _mods(policy: SitePolicy) -> _Answer:
         )
 
     def answer(message: Message, context: Context) -> Message:
+        context = _without_run_config(context)
         action = message.metadata.message_type.split(".", maxsplit=1)[-1]
         found = mods.get(action)
         if found is not None:
@@ -105,11 +106,29 @@ def _mods(policy: SitePolicy) -> _Answer:
     return answer
 
 
+def _without_run_config(context: Context) -> Context:
+    """Return the Context without what the coordinator chose: a site's loader is given it."""
+    return Context(
+        run_id=context.run_id,
+        node_id=context.node_id,
+        node_config=context.node_config,
+        state=context.state,
+        run_config={},
+        series_id=context.series_id,
+    )
+
+
 def _classifier(policy: SitePolicy) -> PolicyLoader:
     model = policy.model
     assert model is not None  # noqa: S101  the caller has looked
     return PolicyLoader(
-        source_of("model", loader=model.loader, kind=model.kind, options=model.options),
+        source_of(
+            "model",
+            loader=model.loader,
+            kind=model.kind,
+            options=model.options,
+            classes=model.classes,
+        ),
         digest=model.digest,
         file=model.options.get("path"),
         classes=model.classes,

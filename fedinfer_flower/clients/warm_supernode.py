@@ -32,6 +32,8 @@ log = logging.getLogger("fedinfer_flower.site")
 
 EXIT_CONFIG: Final = 78
 
+_WATCHED: Final = ("--isolation", "--superexec-auth-secret-file", "--host")
+
 
 def check_arguments(arguments: Sequence[str]) -> None:
     """Refuse arguments of `flower-supernode` with which nothing would be warm.
@@ -46,8 +48,13 @@ def check_arguments(arguments: Sequence[str]) -> None:
     >>> check_arguments(["--insecure", "--isolation", "process"])
     """
     given = [part for argument in arguments for part in argument.split("=", 1)]
+    for name in given:
+        # argparse takes the beginning of an option's name for the option.
+        if name.startswith("--") and any(n != name and n.startswith(name) for n in _WATCHED):
+            raise DeploymentError(f"{name[:64]!r} is the beginning of an option: write it out")
     pairs = list(pairwise(given))
-    if ("--isolation", "process") not in pairs:
+    # All of them: of several the last one counts.
+    if {value for name, value in pairs if name == "--isolation"} != {"process"}:
         raise DeploymentError(
             "a warm SuperNode needs a worker beside it", hint="-- ... --isolation process"
         )

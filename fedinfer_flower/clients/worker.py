@@ -36,6 +36,7 @@ from fedinfer_flower.flower_internals import require_flower, shorten_pull_backof
 from fedinfer_flower.flower_internals.polling import Polling
 from fedinfer_flower.flower_internals.task_frames import OtherFab
 from fedinfer_flower.observability.json_logs import configure_json_logs
+from fedinfer_flower.observability.tracing import configure_tracing
 
 if TYPE_CHECKING:
     from fedinfer_flower.flower_internals.task_desk import OpenTask, TaskDesk
@@ -84,7 +85,7 @@ def serve_tasks(
         If the SuperNode does not accept this worker.
     """
     polling, runs = Polling(), _Runs()
-    pinned = ""
+    pinned = apps.pinned
     with _Beats(desk) as beats:
         while not stop.is_set():
             status.idle()
@@ -263,6 +264,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 if __name__ == "__main__":
     configure_json_logs()
-    # httpx logs every request at INFO.
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    configure_tracing(service="fedinfer-site")
     sys.exit(main())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hmac
 import logging
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any, Final
@@ -12,6 +11,15 @@ from flwr.supercore.constant import TASK_TOKEN_HEADER
 from flwr.supernode.nodestate import NodeStateFactory
 
 from fedinfer_flower.flower_internals.node_desk import NodeDesk
+from fedinfer_flower.flower_internals.node_key import (
+    CHALLENGE_HEADER,
+    NONCE_HEADER,
+    PROOF_HEADER,
+    fresh,
+    is_proof,
+    node_proof,
+    worker_proof,
+)
 from fedinfer_flower.flower_internals.task_frames import (
     BEAT,
     GIVE,
@@ -65,6 +73,7 @@ class TaskRoutes:
         self._desk = desk
         self._states = states
         self._key = key
+        self._challenge = fresh()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one connection event."""
@@ -74,14 +83,15 @@ class TaskRoutes:
         headers = {
             name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]
         }
-        body = await _read(receive)
-        status, content = 404, b""
-        if body is None:
-            status = 413
-        elif scope["method"] != "POST" or not headers.get(WORKER_HEADER):
+        port = int((scope.get("server") or ("", 0))[1] or 0)
+        status, content, proof = 404, b"", {}
+        if scope["method"] != "POST" or not headers.get(WORKER_HEADER):
             status = 400
-        elif not hmac.compare_digest(headers.get(KEY_HEADER, "").encode(), self._key.encode()):
-            status = 403
+        elif not self._knows(headers.get(KEY_HEADER, ""), port):
+            # Before the body is read: nobody else can fill the memory with one.
+            status, proof = 403, {CHALLENGE_HEADER: self._challenge}
+        elif (body := await _read(receive)) is None:
+            status = 413
         else:
             try:
                 status, content = await asyncio.to_thread(
@@ -91,7 +101,15 @@ class TaskRoutes:
                 # Its text may quote the message.
                 log.warning("a worker's request failed (%s)", type(exc).__name__)
                 status = 500
-        await _send(send, status, content)
+            if self._key:
+                nonce = headers.get(NONCE_HEADER, "")
+                proof = {PROOF_HEADER: node_proof(self._key, port=port, nonce=nonce)}
+        await _send(send, status, content, proof)
+
+    def _knows(self, proof: str, port: int) -> bool:
+        if not self._key:
+            return not proof
+        return is_proof(proof, worker_proof(self._key, port=port, challenge=self._challenge))
 
     def _serve(self, path: str, headers: dict[str, str], body: bytes) -> tuple[int, bytes]:
         state: Any = self._states.state()
@@ -133,10 +151,11 @@ async def _read(receive: Receive) -> bytes | None:
             return b"".join(parts)
 
 
-async def _send(send: Send, status: int, content: bytes) -> None:
+async def _send(send: Send, status: int, content: bytes, more: dict[str, str]) -> None:
     length = (b"content-length", str(len(content)).encode())
     start: dict[str, Any] = {"type": "http.response.start", "status": status}
     # A 204 has no body and must not say how long it is.
     start["headers"] = [] if status == 204 else [length]
+    start["headers"] += [(name.encode(), value.encode()) for name, value in more.items()]
     await send(start)
     await send({"type": "http.response.body", "body": content})

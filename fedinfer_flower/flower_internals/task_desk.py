@@ -49,6 +49,15 @@ from flwr.supernode.runtime.run_clientapp import (
 )
 
 from fedinfer_flower.errors import DeploymentError, UnavailableError
+from fedinfer_flower.flower_internals.node_key import (
+    CHALLENGE_HEADER,
+    NONCE_HEADER,
+    PROOF_HEADER,
+    fresh,
+    is_proof,
+    node_proof,
+    worker_proof,
+)
 from fedinfer_flower.flower_internals.task_frames import (
     BEAT,
     GIVE,
@@ -125,7 +134,8 @@ class TaskDesk:
     address : str
         ``HOST:PORT`` of the SuperNode's Runtime API, on this machine.
     key : str
-        What the warm SuperNode asks for; empty for nothing.
+        What both have; empty for nothing. It is never sent, and a SuperNode that does not show
+        that it has it is not believed: see `node_key`.
 
     Raises
     ------
@@ -136,7 +146,9 @@ class TaskDesk:
     def __init__(self, address: str, *, key: str = "") -> None:
         _require_loopback(address)
         self._address = address
-        headers = {WORKER_HEADER: secrets.token_hex(8), KEY_HEADER: key}
+        self._key, self._challenge = key, ""
+        self._port = int(address.rpartition(":")[2])
+        headers = {WORKER_HEADER: secrets.token_hex(8)}
         # No proxy of the environment may come between two processes of one machine.
         self._http = httpx.Client(
             base_url=f"http://{address}", headers=headers, timeout=_REQUEST_S, trust_env=False
@@ -176,7 +188,7 @@ class TaskDesk:
             WITH_FAB_HEADER: str(int(with_fab)),
             WAIT_HEADER: str(wait_s),
         }
-        response = self._http.post(TAKE, headers=headers)
+        response = self._post(TAKE, headers=headers)
         if response.status_code == 404:
             self._flower = self._runtime()
             return None
@@ -184,13 +196,47 @@ class TaskDesk:
             return None
         if response.status_code == 409:
             return OtherFab(response.text[:64])
-        if response.status_code == 403:
-            raise DeploymentError(
-                "the SuperNode asks for another key than this worker's",
-                hint="give both the same --worker-key file",
-            )
         response.raise_for_status()
         return self._opened(frames_from_bytes(response.content))
+
+    def _post(
+        self,
+        path: str,
+        *,
+        headers: dict[str, str],
+        content: bytes = b"",
+        timeout_s: float = _REQUEST_S,
+    ) -> httpx.Response:
+        """Ask the warm SuperNode, and make sure that it is the one with the key."""
+        nonce = fresh()
+        for is_last in (False, True):
+            shown = {NONCE_HEADER: nonce}
+            if self._key and self._challenge:
+                shown[KEY_HEADER] = worker_proof(
+                    self._key, port=self._port, challenge=self._challenge
+                )
+            response = self._http.post(
+                path, content=content, headers=headers | shown, timeout=timeout_s
+            )
+            challenge = response.headers.get(CHALLENGE_HEADER, "")
+            if response.status_code != 403:
+                break
+            if is_last or not self._key:
+                raise DeploymentError(
+                    "the SuperNode asks for another key than this worker's",
+                    hint="give both the same --worker-key file",
+                )
+            # A SuperNode that was started again has another challenge.
+            self._challenge = challenge
+        if self._key:
+            expected = node_proof(self._key, port=self._port, nonce=nonce)
+            if not is_proof(response.headers.get(PROOF_HEADER, ""), expected):
+                raise UnavailableError(
+                    "what answers at the SuperNode's port does not have this site's worker key",
+                    hint="another process may have taken the port; or the SuperNode is stock, or"
+                    " was started without --worker-key",
+                )
+        return response
 
     @property
     def is_warm(self) -> bool:
@@ -226,7 +272,9 @@ class TaskDesk:
         body, headers = frames_to_bytes(frames), {TASK_TOKEN_HEADER: task.token}
         for left in reversed(range(_GIVE_TRIES)):
             try:
-                response = self._http.post(GIVE, content=body, headers=headers)
+                if not self._is_wanted(task):
+                    return False
+                response = self._post(GIVE, content=body, headers=headers)
                 break
             except httpx.TransportError:
                 if not left:
@@ -241,10 +289,17 @@ class TaskDesk:
         """Say that the task is still being worked on. False if it is no longer wanted."""
         with _reaching():
             if self._flower is None:
-                token = {TASK_TOKEN_HEADER: task.token}
-                return self._http.post(BEAT, headers=token, timeout=5.0).status_code != 410
+                return self._beat(task)
             with self._runtime(task.token) as client:
                 return bool(client.SendTaskHeartbeat(SendTaskHeartbeatRequest()).success)
+
+    def _beat(self, task: OpenTask) -> bool:
+        token = {TASK_TOKEN_HEADER: task.token}
+        return self._post(BEAT, headers=token, timeout_s=5.0).status_code != 410
+
+    def _is_wanted(self, task: OpenTask) -> bool:
+        # Whoever took the port in the meantime must not be sent the reply.
+        return not self._key or self._beat(task)
 
     def close(self) -> None:
         """Let the connections go."""
@@ -282,6 +337,8 @@ class TaskDesk:
     def _give_as_flower_does(
         self, task: OpenTask, reply: PackedReply, *, status: str, details: str
     ) -> bool:
+        if self._flower is None and not self._is_wanted(task):
+            return False
         with self._runtime(task.token) as client:
             try:
                 push_message(client, reply.message, task.context)

@@ -86,6 +86,9 @@ def configure_json_logs(*, level: int | str = "INFO", stream: TextIO | None = No
         logger = logging.getLogger(name)
         logger.handlers, logger.propagate = [], True
         logger.setLevel(logging.NOTSET)
+    # Every request, and every migration of a file, at INFO.
+    for name in ("alembic", "httpx"):
+        logging.getLogger(name).setLevel(logging.WARNING)
     logging.captureWarnings(True)
 
 

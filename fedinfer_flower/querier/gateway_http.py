@@ -21,6 +21,17 @@ __all__ = ["Access", "access", "lost", "read_key_file"]
 KEY_VARIABLE: Final = "FEDINFER_API_KEY"
 KEY_FILE_VARIABLE: Final = "FEDINFER_API_KEY_FILE"
 _MAX_KEY_CHARS: Final = 256
+_MOST_CAUSES: Final = 16
+_BAD_CERTIFICATE: Final = {
+    9: "it is not valid yet",
+    10: "it has expired",
+    18: "no authority that is trusted has signed it",
+    19: "no authority that is trusted has signed it",
+    20: "no authority that is trusted has signed it",
+    62: "it is for another name",
+    64: "it is for another address",
+}
+"""By OpenSSL's number of the fault."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,7 +180,21 @@ def read_key_file(path: Path) -> str:
 def lost(exc: httpx.HTTPError | TimeoutError) -> Reply:
     """Return what stands for a reply that did not come."""
     # The text of a foreign exception may hold anything; its type says enough.
-    return Reply(lost=type(exc).__name__)
+    bad = _certificate_error(exc)
+    if bad is None:
+        return Reply(lost=type(exc).__name__)
+    why = _BAD_CERTIFICATE.get(bad.verify_code, "it is not to be trusted")
+    return Reply(lost=f"its certificate is refused: {why}", final=True)
+
+
+def _certificate_error(exc: BaseException | None) -> ssl.SSLCertVerificationError | None:
+    """Return the refusal of a certificate that a failure comes from, if it does."""
+    seen = 0
+    while exc is not None and seen < _MOST_CAUSES:
+        if isinstance(exc, ssl.SSLCertVerificationError):
+            return exc
+        exc, seen = exc.__cause__ or exc.__context__, seen + 1
+    return None
 
 
 def reply_of(response: httpx.Response, body: bytes) -> Reply:

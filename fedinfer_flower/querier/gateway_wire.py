@@ -86,12 +86,15 @@ class Reply:
     body : bytes
     lost : str
         What kind of failure it was, for people; never a text of the other side's.
+    final : bool
+        Whether the same would come again.
     """
 
     status: int = 0
     headers: Mapping[str, str] = field(default_factory=dict)
     body: bytes = field(default=b"", repr=False)
     lost: str = ""
+    final: bool = False
 
 
 @dataclass(frozen=True)
@@ -185,7 +188,7 @@ def _lost_error(reply: Reply) -> GatewayError:
 
 def _may_repeat(reply: Reply) -> bool:
     if reply.status == 0:
-        return True
+        return not reply.final
     if reply.status not in _RETRY_STATUSES:
         return False
     try:

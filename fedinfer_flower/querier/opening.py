@@ -9,6 +9,7 @@ import numpy.typing as npt
 
 from fedinfer_flower.ensemble.base import EnsembleRule
 from fedinfer_flower.errors import FedInferError
+from fedinfer_flower.observability.tracing import span
 from fedinfer_flower.privacy.base import KeyPair, Protection, ScorePlan
 from fedinfer_flower.privacy.cohort import Cohort
 from fedinfer_flower.wire.documents import CombinedAnswer, CombinedBatch
@@ -58,7 +59,8 @@ def open_batch(
     if combined.relayed:
         total, n_sites = _combine_here(batch, combined, rule, protection, plan, identity)
     side = protection.querier_side(plan, keys=keys, cohort=cohort)
-    return side.open(total, n_queries=batch.n_queries, n_sites=n_sites), n_sites
+    with span("querier.open", query_id=batch.query_id, protection=protection.name):
+        return side.open(total, n_queries=batch.n_queries, n_sites=n_sites), n_sites
 
 
 def _combine_here(

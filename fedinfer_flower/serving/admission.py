@@ -27,6 +27,8 @@ from fedinfer_flower.privacy.legality import require_legal
 from fedinfer_flower.privacy.row_digest import KEY_BYTES, row_digests
 from fedinfer_flower.serving.config import GatewayConfig, ModelConfig
 from fedinfer_flower.serving.jobs import JobKind, JobRequest
+from fedinfer_flower.serving.text_job import TextJob
+from fedinfer_flower.serving.text_options import require_askable, require_text_options
 from fedinfer_flower.wire.arrays import array_from_bytes
 from fedinfer_flower.wire.sealed_job import SealedJob
 
@@ -49,6 +51,7 @@ def check_models(config: GatewayConfig) -> None:
     for name, model in config.models.items():
         protection = make_protection(model.protection, dict(model.protection_options))
         if model.kind == "language":
+            require_text_options(model)
             continue
         if model.rule != "auto":
             require_legal(make_rule(model.rule), protection)
@@ -94,7 +97,7 @@ def checked_request(
     takes = {
         JobKind.ROWS: model.kind == "classifier" and model.clear,
         JobKind.SEALED: model.kind == "classifier" and model.sealed,
-        JobKind.TEXT: model.kind == "language",
+        JobKind.TEXT: model.kind == "language" and model.clear,
     }
     if not takes[request.kind]:
         raise InvalidValueError(
@@ -105,6 +108,8 @@ def checked_request(
         _check_rows(request)
     elif request.kind is JobKind.SEALED:
         _check_sealed(request, model, run_id=run_id, now=now)
+    else:
+        _check_text(request, model)
     return dataclasses.replace(request, timeout_s=min(request.timeout_s, model.timeout_s))
 
 
@@ -120,6 +125,13 @@ def _check_rows(request: JobRequest) -> None:
     if shape[0] != request.n_rows or math.prod(shape) > 8 * max(len(request.body), 1):
         raise ShapeError("the rows are not as many as was said")
     array_from_bytes(request.body, dtype=dtype, shape=tuple(shape))
+
+
+def _check_text(request: JobRequest, model: ModelConfig) -> None:
+    job = TextJob.from_bytes(request.body)
+    require_askable(model, job)
+    if len(job.questions) != request.n_rows:
+        raise ShapeError("the questions are not as many as was said")
 
 
 def _check_sealed(request: JobRequest, model: ModelConfig, *, run_id: int, now: float) -> None:

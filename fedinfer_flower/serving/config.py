@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import Any, Final, TypeVar
 
 from fedinfer_flower.errors import ConfigError, InvalidValueError, UnknownConfigKeyError
+from fedinfer_flower.wire.pins import Pins, read_pins
 
 __all__ = ["BatchingConfig", "GatewayConfig", "LimitsConfig", "ModelConfig"]
 
 _NAME: Final = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 _KINDS: Final = ("classifier", "language")
+_MAX_PORT: Final = 65_535
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +50,21 @@ class LimitsConfig:
     result_ttl_s: float = 900.0
     drain_s: float = 20.0
 
+    def __post_init__(self) -> None:
+        least = (
+            self.body_bytes,
+            self.header_timeout_s,
+            self.body_timeout_s,
+            self.connections,
+            self.queued_rows,
+        )
+        if min(least) <= 0:
+            raise InvalidValueError(
+                "body-bytes, header-timeout-s, body-timeout-s, connections and queued-rows of"
+                " [limits] are positive",
+                hint="nobody could ask anything",
+            )
+
 
 @dataclass(frozen=True, kw_only=True)
 class BatchingConfig:
@@ -66,6 +83,10 @@ class BatchingConfig:
     window_s: float = 0.01
     max_rows: int = 1024
     in_flight: int = 4
+
+    def __post_init__(self) -> None:
+        if self.max_rows < 1 or self.in_flight < 1:
+            raise InvalidValueError("max-rows and in-flight of [batching] are at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,6 +162,9 @@ class GatewayConfig:
         read it.
     certificate, key : Path, optional
         PEM files for TLS.
+    site_pins : Path, optional
+        Pin file; sites that are not in its table ``[sites]`` are not asked. Without one the
+        gateway takes the SuperLink's word for who the sites are.
     public_metrics : bool
         Serve ``/metrics`` without a key.
     ledger : str
@@ -165,6 +189,7 @@ class GatewayConfig:
     state: Path = Path("gateway-state")
     certificate: Path | None = None
     key: Path | None = None
+    site_pins: Path | None = None
     public_metrics: bool = False
     ledger: str = ""
     limits: LimitsConfig = field(default_factory=LimitsConfig)
@@ -179,6 +204,8 @@ class GatewayConfig:
                 raise InvalidValueError(
                     "a model's name has lower-case letters, digits, dots, dashes: at most 64"
                 )
+        if not 0 <= self.port <= _MAX_PORT:
+            raise InvalidValueError(f"gateway.port is at most {_MAX_PORT}")
         if (self.certificate is None) != (self.key is None):
             raise ConfigError("certificate and key go together")
         if self.certificate is None and self.host not in ("127.0.0.1", "::1", "localhost"):
@@ -187,6 +214,16 @@ class GatewayConfig:
                 " answers would travel in clear",
                 hint="certificate and key in gateway.toml, or a reverse proxy in front",
             )
+
+    def pins(self) -> Pins | None:
+        """Return what the pin file says; None without one.
+
+        Raises
+        ------
+        ConfigError
+            If it cannot be read.
+        """
+        return None if self.site_pins is None else read_pins(self.site_pins)
 
     @classmethod
     def read(cls, path: str | Path) -> GatewayConfig:
@@ -216,7 +253,7 @@ class GatewayConfig:
         if tables:
             _refuse(next(iter(tables)), ["gateway", "limits", "batching", "models"], "the file")
         given = {"state": "gateway-state"} | own
-        for name in ("state", "certificate", "key"):
+        for name in ("state", "certificate", "key", "site_pins", "site-pins"):
             if name in given:
                 if not isinstance(given[name], str):
                     raise InvalidValueError(f"gateway.{name} is a path")

@@ -103,7 +103,10 @@ class GatewayCore:
         self._outbox = Outbox(config.state / "outbox.db", result_ttl_s=config.limits.result_ttl_s)
         self._chronicle = Chronicle(clock=clock)
         self._hub = GridHub(grid)
-        self._members = Membership(self._hub, run_id=run_id, changed=self._changed, clock=clock)
+        pins = config.pins()
+        self._members = Membership(
+            self._hub, run_id=run_id, changed=self._changed, clock=clock, pins=pins
+        )
         self._bench = Bench(
             hub=self._hub,
             run_id=run_id,
@@ -112,6 +115,7 @@ class GatewayCore:
             identity=identity,
             metrics=self._metrics,
             chronicle=self._chronicle,
+            pins=pins,
         )
         self._work = Dispatcher(self._bench, asking=self._asking)
         self._open: dict[str, OpenJob] = {}

@@ -94,16 +94,17 @@ class Desk:
             error = AuthenticationError(f"the API key does not have the scope {scope!r}")
             self.note_refusal(error.code, caller)
             raise HttpProblem(error, status=403)
+        # First, so that a key learns nothing of models that it is not meant for.
+        if caller.models is not None and model not in caller.models:
+            self.note_refusal(AuthenticationError.code, caller)
+            raise HttpProblem(
+                AuthenticationError("the API key is not meant for this model"), status=403
+            )
         served = self.config.models.get(model)
         if served is None:
             raise HttpProblem(
                 UnknownNameError("this gateway serves no such model", hint="GET /v1/models"),
                 status=404,
-            )
-        if caller.models is not None and model not in caller.models:
-            self.note_refusal(AuthenticationError.code, caller)
-            raise HttpProblem(
-                AuthenticationError("the API key is not meant for this model"), status=403
             )
         allowed = served.sealed if kind is JobKind.SEALED else served.clear
         if not allowed:

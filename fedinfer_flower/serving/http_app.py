@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
 import logging
 import time
-from collections.abc import Callable, Coroutine
+from collections import Counter
+from collections.abc import Callable, Coroutine, Iterator
 from typing import TYPE_CHECKING, Any, Final
 
 from fastapi import FastAPI, Request, Response
@@ -18,7 +20,12 @@ from starlette.exceptions import HTTPException
 from starlette.routing import Match, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from fedinfer_flower.errors import FedInferError, ProtocolError
+from fedinfer_flower.errors import (
+    EnvelopeError,
+    FedInferError,
+    ProtocolError,
+    QuotaExceededError,
+)
 from fedinfer_flower.observability.tracing import from_headers
 from fedinfer_flower.serving.auth import Doorkeeper
 from fedinfer_flower.serving.body_limits import BodyRoom, LimitedBody, read_json, too_large
@@ -157,6 +164,7 @@ class Guard:
         self._desk = desk
         self._door = door
         self._limits = desk.config.limits
+        self._held: Counter[str] = Counter()
         self._room = BodyRoom(_BODIES_AT_A_TIME * self._limits.body_bytes)
         self._headers = dict(_HEADERS)
         if desk.config.certificate is not None:
@@ -194,7 +202,8 @@ class Guard:
         try:
             with from_headers({"traceparent": headers.get("traceparent", "")}):
                 await self._admit(scope, headers)
-                await self._app(scope, body, answer)
+                with self._place(scope):
+                    await self._app(scope, body, answer)
         except Exception as exc:
             if status:  # the response has begun: all that is left is to cut it off
                 _LOG.error("a response was cut off", extra={"error_type": type(exc).__name__})
@@ -209,6 +218,11 @@ class Guard:
         is_guarded = path == "/v1" or path.startswith("/v1/")
         if is_guarded or (path == "/metrics" and not self._desk.config.public_metrics):
             await self._identify(scope, headers)
+        if "transfer-encoding" in headers and (
+            "content-length" in headers or scope.get("http_version") == "1.0"
+        ):
+            # A proxy in front may read it as two requests, and this one as somebody else's.
+            raise EnvelopeError("a body has a length, or comes in the chunks of HTTP/1.1")
         length = headers.get("content-length", "0")
         is_length = length.isascii() and length.isdigit() and len(length) < _MAX_DIGITS
         if not is_length or int(length) > self._limits.body_bytes:
@@ -220,6 +234,24 @@ class Guard:
         text = given[0] if len(given) == 1 else ""
         caller = await run_in_threadpool(self._door.identify, text, address=address)
         scope.setdefault("state", {})["caller"] = caller
+
+    @contextlib.contextmanager
+    def _place(self, scope: Scope) -> Iterator[None]:
+        """Let one key hold half of the connections at most: others get in beside it."""
+        caller = scope.get("state", {}).get("caller")
+        name = getattr(caller, "key_id", "")
+        if name and self._held[name] >= max(1, self._limits.connections // 2):
+            raise HttpProblem(
+                QuotaExceededError("too many requests of this API key are under way"),
+                retry_after_s=1.0,
+            )
+        self._held[name] += 1
+        try:
+            yield
+        finally:
+            self._held[name] -= 1
+            if not self._held[name]:
+                del self._held[name]
 
     def _failed(self, scope: Scope, exc: Exception) -> Response:
         if isinstance(exc, FedInferError | HttpProblem):

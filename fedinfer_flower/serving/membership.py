@@ -24,6 +24,7 @@ from fedinfer_flower.strategies.pull_loop import Arrival
 from fedinfer_flower.wire.actions import HELLO, message_type
 from fedinfer_flower.wire.directory import Directory, SiteCard, read_site_card
 from fedinfer_flower.wire.envelope import DEFAULT_LIMITS, Envelope, Kind, WireLimits
+from fedinfer_flower.wire.pins import Pins
 from fedinfer_flower.wire.records import pack
 
 __all__ = ["Member", "Membership"]
@@ -112,7 +113,9 @@ class Membership:
         changed: Callable[[], None] = lambda: None,
         clock: Callable[[], float] = time.time,
         limits: WireLimits = DEFAULT_LIMITS,
+        pins: Pins | None = None,
     ) -> None:
+        self._pins = pins
         self._hub, self._grid, self._run_id = hub, hub.grid(), run_id
         self._hello_s, self._again_s, self._limits = hello_s, again_s, limits
         self._changed, self._clock = changed, clock
@@ -315,6 +318,8 @@ class Membership:
             try:
                 envelope = read_arrival(arrival, run_id=self._run_id, limits=self._limits)
                 card = read_site_card(envelope, run_id=self._run_id, sender=member.node_id)
+                if self._pins is not None:
+                    self._pins.require_site(card.profile.name, card.key_id)
             except FedInferError as exc:
                 self._fail(member, exc)
             else:

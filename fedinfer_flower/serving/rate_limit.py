@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Final
 
 from fedinfer_flower.errors import QuotaExceededError, UnknownQueryError
 from fedinfer_flower.serving.jobs import Board, Job, JobRequest
+from fedinfer_flower.serving.outbox import request_digest
 from fedinfer_flower.serving.problem import HttpProblem
 
 if TYPE_CHECKING:
@@ -22,6 +23,8 @@ __all__ = ["Buckets", "FailureLimit", "Quotas", "RequestLimit"]
 
 _MAX_NAMES: Final = 10_000
 """Buckets that are kept; an attacker with more addresses than that gets fresh ones."""
+
+_STRIPES: Final = 64
 
 
 class Buckets:
@@ -119,8 +122,8 @@ class Quotas:
     Notes
     -----
     Rows are counted before a job is handed in, and given back if it is not accepted. With an
-    idempotency key they are counted under that key: handed in again, while the earlier job is
-    still there, they are not counted again. A crash between the two loses rows of the day's
+    idempotency key they are counted under that key and what is asked: handed in again, while
+    the earlier job is still there, they are not counted again. A crash between the two loses rows of the day's
     quota, and never wins any. Rows of the minute and jobs at a time are kept in memory.
     """
 
@@ -131,6 +134,7 @@ class Quotas:
         self._lock = threading.Lock()
         self._open: dict[str, set[str]] = {}
         self._coming: dict[str, int] = {}
+        self._stripes = tuple(threading.Lock() for _ in range(_STRIPES))
 
     def submit(self, board: Board, request: JobRequest, caller: Caller) -> Job:
         """Count the rows of a job, and hand it in.
@@ -145,6 +149,13 @@ class Quotas:
         if not (caller.rows_per_minute or caller.rows_per_day or caller.concurrent):
             return board.submit(request)
         use = use_id(request)
+        # Twins one after the other: one that is refused takes its count back, and another that
+        # relied on it would be for free.
+        alone = self._stripes[int(use, 16) % _STRIPES] if use else contextlib.nullcontext()
+        with alone:
+            return self._submit(board, request, caller, use)
+
+    def _submit(self, board: Board, request: JobRequest, caller: Caller, use: str) -> Job:
         earlier = self._keys.rows.earlier(caller.key_id, use) if use else ""
         stale = earlier if earlier and not _is_there(board, earlier, caller) else ""
         if earlier and not stale:
@@ -250,10 +261,15 @@ class Quotas:
 
 
 def use_id(request: JobRequest) -> str:
-    """Return under which name the rows of a request are counted once; empty for none."""
+    """Return under which name the rows of a request are counted once; empty for none.
+
+    Another request under the same key has another name: a thousand rows do not pass for the
+    one that was counted, should that one be refused.
+    """
     if not request.idempotency_key:
         return ""
-    return hashlib.sha256(request.idempotency_key.encode()).hexdigest()
+    key = hashlib.sha256(request.idempotency_key.encode())
+    return hashlib.sha256(key.digest() + request_digest(request)).hexdigest()
 
 
 def _is_there(board: Board, job_id: str, caller: Caller) -> bool:

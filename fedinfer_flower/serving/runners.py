@@ -16,6 +16,7 @@ from fedinfer_flower.serving.membership import Membership
 from fedinfer_flower.serving.open_job import OpenJob
 from fedinfer_flower.serving.status import Chronicle
 from fedinfer_flower.wire.identity import Identity
+from fedinfer_flower.wire.pins import Pins
 
 __all__ = ["Bench", "JobRunner", "PartOfJob", "runner_of"]
 
@@ -35,6 +36,8 @@ class Bench:
     metrics : GatewayMetrics
     chronicle : Chronicle
         What the status page is told of.
+    pins : Pins, optional
+        Whom the gateway's operator knows; other sites are not asked.
     """
 
     hub: GridHub
@@ -44,6 +47,7 @@ class Bench:
     identity: Identity = field(repr=False)
     metrics: GatewayMetrics
     chronicle: Chronicle
+    pins: Pins | None = None
 
     def grid(self) -> HubGrid:
         """Return a grid for one strategy; close it afterwards, or use it in ``with``."""

@@ -20,6 +20,7 @@ from fedinfer_flower.errors import ConfigError, DeploymentError
 from fedinfer_flower.observability.audit_log import AuditLog
 from fedinfer_flower.observability.json_logs import configure_json_logs
 from fedinfer_flower.observability.metrics import GatewayMetrics
+from fedinfer_flower.observability.tracing import configure_tracing
 from fedinfer_flower.serving.config import GatewayConfig
 from fedinfer_flower.serving.http_app import create_app
 from fedinfer_flower.serving.key_store import KeyStore
@@ -51,6 +52,7 @@ def main(grid: Grid, context: Context) -> None:
             f"run config {CONFIG_KEY!r} is the path of a gateway.toml on this machine"
         )
     configure_json_logs()
+    configure_tracing(service="fedinfer-gateway")
     _shorten_backoff()
     with _told_to_end() as told:
         serve(GatewayConfig.read(path), grid, run_id=context.run_id, told_to_end=told.is_set)

@@ -23,6 +23,7 @@ from fedinfer_flower.strategies.result import InferenceResult
 from fedinfer_flower.wire.directory import Directory
 from fedinfer_flower.wire.documents import CombinedAnswer
 from fedinfer_flower.wire.identity import Identity
+from fedinfer_flower.wire.pins import Pins
 from fedinfer_flower.wire.sealed_job import SealedJob
 
 __all__ = ["decode_texts", "settled"]
@@ -91,6 +92,7 @@ def decode_texts(
     job: TextJob,
     *,
     identity: Identity,
+    pins: Pins | None,
     timeout_s: float,
     tell: TellTexts,
     cancelled: Callable[[], bool],
@@ -118,7 +120,7 @@ def decode_texts(
         **({"batch_size": own["batch_size"]} if "batch_size" in own else {}),
     )
     querier = DecodingQuerier(
-        Querier(protection=protection, identity=identity),
+        Querier(protection=protection, identity=identity, pins=pins),
         job.questions,
         terms=decode_terms(model, job.options),
         rule=rule,

@@ -129,6 +129,7 @@ class _Asking:
         return self.runner.known(self.group.jobs[0].request.model).get(
             self.grid,
             self.bench.run_id,
+            pins=self.bench.pins,
             timeout_s=_INTRODUCING * self.group.left_s,
             at_least=self.model.min_sites,
         )
@@ -336,6 +337,7 @@ def _decode(asking: _Asking) -> tuple[TextAnswer, dict[str, Any]]:
         model,
         group.job,
         identity=asking.bench.identity,
+        pins=asking.bench.pins,
         timeout_s=group.left_s,
         tell=tell,
         cancelled=lambda: group.cancelled,

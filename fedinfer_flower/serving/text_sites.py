@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import logging
 import threading
 import time
 from collections.abc import Callable
@@ -9,14 +11,17 @@ from typing import Final
 
 from flwr.serverapp import Grid
 
-from fedinfer_flower.errors import NotEnoughNodesError
+from fedinfer_flower.errors import NotEnoughNodesError, UntrustedKeyError
 from fedinfer_flower.strategies.refine_onboarding import LanguageSites, introduce
 from fedinfer_flower.wire.envelope import WireLimits
+from fedinfer_flower.wire.pins import Pins
 
 __all__ = ["LIMITS", "KnownSites"]
 
 LIMITS: Final = WireLimits(max_payload_bytes=64 << 20)
 _FRESH_S: Final = 300.0
+
+log = logging.getLogger("fedinfer_flower.gateway")
 
 
 class KnownSites:
@@ -53,8 +58,16 @@ class KnownSites:
         self._found_at = 0.0
         self.times_collected = 0
 
-    def get(self, grid: Grid, run_id: int, *, timeout_s: float, at_least: int = 1) -> LanguageSites:
-        """Return the sites; ask them to introduce themselves if need be.
+    def get(
+        self,
+        grid: Grid,
+        run_id: int,
+        *,
+        timeout_s: float,
+        at_least: int = 1,
+        pins: Pins | None = None,
+    ) -> LanguageSites:
+        """Return the sites that are pinned, or all; they introduce themselves if need be.
 
         Raises
         ------
@@ -69,6 +82,7 @@ class KnownSites:
                 found = introduce(
                     grid, sorted(nodes), run_id=run_id, timeout_s=timeout_s, limits=LIMITS
                 )
+                found = _known(found, pins)
                 self._found, self._of, self._found_at = found, (run_id, nodes), self._clock()
                 self.times_collected += 1
             if len(found.sites) < max(1, at_least):
@@ -84,3 +98,18 @@ class KnownSites:
         """Let the next job collect the cards anew."""
         with self._lock:
             self._found = None
+
+
+def _known(found: LanguageSites, pins: Pins | None) -> LanguageSites:
+    """Leave out sites that the gateway's operator does not know."""
+    if pins is None:
+        return found
+    kept = []
+    for site in found.sites:
+        try:
+            pins.require_site(site.card.name, site.card.key_id)
+        except UntrustedKeyError as exc:
+            log.warning("%s", exc)
+        else:
+            kept.append(site)
+    return dataclasses.replace(found, sites=tuple(kept))

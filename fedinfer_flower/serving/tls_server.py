@@ -9,6 +9,7 @@ import socket
 import ssl
 import threading
 import time
+import weakref
 from pathlib import Path
 from typing import Any, Final
 
@@ -35,6 +36,9 @@ _TICKS: Final = 5
 _LOOK_S: Final = 1.0
 _GRACE_S: Final = 5.0
 _BACKLOG: Final = 512
+_HANDSHAKES: Final = 2
+"""Open sockets for each connection that is allowed: the others are in a TLS handshake, or are
+being told that there are too many."""
 
 
 class Certificate:
@@ -129,7 +133,9 @@ class HttpServer:
             if config.certificate is None or config.key is None
             else Certificate(config.certificate, config.key)
         )
-        self._socket = _listening(config.host, config.port)
+        self._socket = _listening(
+            config.host, config.port, most=_HANDSHAKES * config.limits.connections
+        )
         self.port: int = self._socket.getsockname()[1]
         self._server = _Server(app, config.limits, self.certificate)
         self._thread = threading.Thread(target=self._run, name="fedinfer-http", daemon=True)
@@ -281,9 +287,32 @@ class _Protocol(H11Protocol):
         self.transport.close()
 
 
-def _listening(host: str, port: int) -> socket.socket:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    found = socket.socket(family, socket.SOCK_STREAM)
+class _Listening(socket.socket):
+    """A listening socket that closes connections beyond `most` without a word.
+
+    The limit of connections is looked at once TLS has been agreed on. Whoever stops before
+    that would hold a file descriptor, and those are what the whole process lives on.
+    """
+
+    def __init__(self, family: socket.AddressFamily, *, most: int) -> None:
+        super().__init__(family, socket.SOCK_STREAM)
+        self._most = most
+        self._held: weakref.WeakSet[socket.socket] = weakref.WeakSet()
+
+    def accept(self) -> tuple[socket.socket, Any]:
+        found, address = super().accept()
+        if len(self._held) >= self._most:
+            for one in [one for one in self._held if one.fileno() < 0]:
+                self._held.discard(one)
+        if len(self._held) >= self._most:
+            found.close()
+            raise ConnectionAbortedError
+        self._held.add(found)
+        return found, address
+
+
+def _listening(host: str, port: int, *, most: int) -> socket.socket:
+    found = _Listening(socket.AF_INET6 if ":" in host else socket.AF_INET, most=most)
     try:
         found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         found.bind((host, port))

@@ -50,6 +50,7 @@ class InferConfig:
     protection_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     timeout_s: float = 60.0
     quorum: int = 1
+    straggler_s: float = 0.0
     fraction_query: float = 1.0
     min_query_nodes: int = 1
     max_query_nodes: int = 0
@@ -99,7 +100,9 @@ class InferConfig:
         return {
             "rule": self.rule,
             "protection": make_protection(self.protection, self.protection_options),
-            "deadline": Deadline(timeout_s=self.timeout_s, quorum=self.quorum),
+            "deadline": Deadline(
+                timeout_s=self.timeout_s, quorum=self.quorum, straggler_s=self.straggler_s
+            ),
             "max_query_nodes": self.max_query_nodes or None,
             "selector": self.selector or None,
             "gates": tuple(name.strip() for name in self.gates.split(",") if name.strip()),

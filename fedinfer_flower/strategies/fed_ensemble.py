@@ -14,6 +14,7 @@ from flwr.app import Message
 from flwr.serverapp import Grid
 
 from fedinfer_flower.errors import ConfigError, FedInferError
+from fedinfer_flower.observability.tracing import span
 from fedinfer_flower.planning.question import with_batch
 from fedinfer_flower.query import QueryReport, SiteOutcome
 from fedinfer_flower.receipts.statement import SignedStatement
@@ -156,7 +157,7 @@ class FedEnsemble(EnsembleSettings):
         `start` then asks these sites, in the same run. `n_queries` is what a budget has to
         cover.
         """
-        self.configure_onboarding(grid, _run_id(grid), n_queries=n_queries)
+        self.configure_onboarding(grid, int(grid.run.run_id), n_queries=n_queries)
         return Directory(run_id=self._run_id, cards=tuple(self._cards.values()))
 
     @property
@@ -180,7 +181,7 @@ class FedEnsemble(EnsembleSettings):
         `start` asks these sites, if it follows in the same run.
         """
         self.configure_onboarding(
-            grid, _run_id(grid), n_queries=n_queries, request_bytes=request_bytes
+            grid, int(grid.run.run_id), n_queries=n_queries, request_bytes=request_bytes
         )
         needs = self.needs_of(n_queries, request_bytes)
         return (self._chosen or self.choosing.plan(self._cards, **needs)).plan
@@ -272,7 +273,7 @@ class FedEnsemble(EnsembleSettings):
         job, querier = job_for(queries, self)
         secret_is_here(job, self.protection, querier, allowed=self.allow_coordinator_key)
         log.info("%s", self.summary())
-        run_id = _run_id(grid)
+        run_id = int(grid.run.run_id)
         if self._onboarded is None or self._run_id != run_id:
             self.configure_onboarding(
                 grid, run_id, n_queries=n_queries_of(job), request_bytes=request_bytes_of(job)
@@ -341,7 +342,8 @@ class FedEnsemble(EnsembleSettings):
         batches: list[CombinedBatch] = []
         reports: list[QueryReport] = []
         for query_id, inputs in batches_of(job):
-            batch, report = self._run_batch(grid, query_id, inputs)
+            with span("coordinator.round", query_id=query_id, protection=self.protection.name):
+                batch, report = self._run_batch(grid, query_id, inputs)
             batches.append(batch)
             reports.append(report)
             if progress is not None:
@@ -394,7 +396,3 @@ class FedEnsemble(EnsembleSettings):
         if self._round is None:
             raise ConfigError("no batch is open: call configure_query first")
         return self._round
-
-
-def _run_id(grid: Grid) -> int:
-    return int(grid.run.run_id)

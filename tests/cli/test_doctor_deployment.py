@@ -224,6 +224,18 @@ def test_unsafe_command_line_is_found_in_units_and_processes(tmp_path, command, 
         assert word in found[0]
 
 
+@pytest.mark.parametrize("option", ["--node-key", "--auth-supernode-private-key", "--ssl-keyfile"])
+def test_key_of_a_command_line_that_others_can_read_is_found(tmp_path, option):
+    key = tmp_path / "a.key"
+    key.write_text("x")
+    (tmp_path / "42").mkdir()
+    argv = ["/usr/bin/python3", "/usr/bin/flower-supernode", option, str(key)]
+    (tmp_path / "42/cmdline").write_bytes("\0".join([*argv, ""]).encode())
+    for mode, n_gaps in ((0o644, 1), (0o600, 0)):
+        key.chmod(mode)
+        assert len(gaps(examine(tmp_path, processes=tmp_path))) == n_gaps
+
+
 # -- over the network --------------------------------------------------------------------
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from fedinfer_flower.clients.adapters import MODELS, make_model
+from fedinfer_flower.clients.policy import SitePolicy
 from fedinfer_flower.clients.site_model import prepare
 from fedinfer_flower.ensemble.base import PROBABILITY_FLOOR
 from fedinfer_flower.errors import (
@@ -237,3 +238,22 @@ def test_an_option_of_another_type_is_refused(linear, more):
 def test_an_option_that_is_needed_is_named():
     with pytest.raises(InvalidValueError, match="needs the option 'path'"):
         make_model("onnx", {})
+
+
+def test_policy_names_the_classes_of_a_graph_that_does_not(linear):
+    from fedinfer_flower.clients.policy_loader import source_of
+
+    given = {"path": linear.name, "outputs": "logits"}
+    policy = SitePolicy.from_mapping(
+        {
+            "site": {"name": "north", "home": "home"},
+            "model": {"kind": "onnx", "classes": ["a", "b", "c"], "options": given},
+            "answers": {"protections": ["secagg"], "anyone": True},
+        },
+        folder=linear.parent,
+    )
+    model = policy.model
+
+    load = source_of("model", loader="", kind="onnx", options=model.options, classes=model.classes)
+
+    assert load(None).classes == ("a", "b", "c")

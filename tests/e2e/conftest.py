@@ -157,3 +157,9 @@ def output_of() -> Callable[..., str]:
 def flwr_run() -> Callable[..., str]:
     """``flwr_run(app, home, *options, timeout_s=)``: an app on 'here', to its end."""
     return _flwr_run
+
+
+@pytest.fixture(scope="session")
+def free_ports() -> Callable[[int], list[int]]:
+    """``free_ports(number)``: ports of loopback on which nothing listened a moment ago."""
+    return _free_ports

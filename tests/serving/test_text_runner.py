@@ -95,6 +95,7 @@ class ToyBench:
     of: LocalGrid
     served: ModelConfig
     identity: Identity = field(default_factory=Identity.generate)
+    pins: None = None
 
     def grid(self) -> AbstractContextManager[LocalGrid]:
         return nullcontext(self.of)

@@ -9,6 +9,7 @@ from fedinfer_flower.errors import SiteFailedError, UnavailableError
 from fedinfer_flower.query import SiteId, SiteOutcome, SiteStatus
 from fedinfer_flower.serving.hub import GridHub
 from fedinfer_flower.serving.membership import Membership
+from fedinfer_flower.wire.pins import Pins
 
 
 @pytest.fixture
@@ -135,3 +136,17 @@ def test_sites_that_show_one_key_are_both_left_out(bed, make, tmp_path):
 
     bed.until(lambda: len(members.cards()) == 1)
     assert [m.error is not None for m in members.members()] == [True, True, False]
+
+
+def test_site_that_the_operator_does_not_know_is_shown_and_not_asked(bed, make):
+    sites = bed.sites()
+    first = make(sites)
+    bed.until(lambda: len(first.cards()) == 3)
+    keys = {c.profile.name: c.key_id for c in first.cards().values()}
+    known = Pins(sites={"site-0": keys["site-0"], "site-1": keys["site-2"]})
+
+    members = make(sites, pins=known)
+    bed.until(lambda: sum(m.error is not None for m in members.members()) == 2)
+
+    assert [c.profile.name for c in members.cards().values()] == ["site-0"]
+    assert {m.error.code for m in members.members() if m.error is not None} == {"FI311"}
