@@ -40,17 +40,26 @@ def check(
 ) -> None:
     """Check a gateway.toml, the files it names and its state folder; warn of what is weak.
 
-    Ends with status 2 if the gateway would not start.
+    Ends with status 2 if the gateway would not start, or its certificate has ended.
 
     Example: fedinfer gateway check gateway.toml
     """
+    from fedinfer_flower.serving.admission import check_models
     from fedinfer_flower.serving.config import GatewayConfig
+    from fedinfer_flower.serving.server_app import state_folder
     from fedinfer_flower.serving.tls_server import Certificate
+    from fedinfer_flower.supervision.certificates import require_valid
 
     config = GatewayConfig.read(path)
+    check_models(config)
+    soon = ""
     if config.certificate is not None and config.key is not None:
         _ = Certificate(config.certificate, config.key)
-    warnings = _warnings(config)
+        # The gateway would start, and no client would talk to it.
+        soon = require_valid(config.certificate)
+    if config.state.exists():
+        _ = state_folder(config.state)
+    warnings = _warnings(config) + ([soon] if soon else [])
     if as_json:
         typer.echo(json.dumps({"models": sorted(config.models), "warnings": warnings}))
         return
@@ -224,8 +233,6 @@ def _warnings(config: GatewayConfig) -> list[str]:
         found.append("metrics are public: anyone who connects learns volume and failures")
     if config.key is not None and os.name == "posix" and config.key.stat().st_mode & 0o077:
         found.append(f"others can read the private key {config.key.name}: chmod 600")
-    if config.state.exists() and os.name == "posix" and config.state.stat().st_mode & 0o077:
-        found.append(f"others can read {config.state.name}: the gateway will not start")
     for name, model in sorted(config.models.items()):
         if model.clear and model.kind == "classifier":
             found.append(

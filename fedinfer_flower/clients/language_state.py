@@ -10,13 +10,13 @@ from __future__ import annotations
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
 from fedinfer_flower.clients.language_memory import RequestMemory, request_name
 from fedinfer_flower.clients.language_policy import LanguagePolicy
-from fedinfer_flower.clients.model_cache import shared_key
+from fedinfer_flower.clients.model_cache import ANY_RUN, shared_key
 from fedinfer_flower.clients.policy_gate import OPEN, UNSIGNED, Passage
 from fedinfer_flower.errors import MediumRefusedError, UntrustedKeyError
 from fedinfer_flower.kv.handles import HandleStore
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from fedinfer_flower.kv.past import Past
     from fedinfer_flower.language.model import LanguageModel
 
-__all__ = ["Desk", "LanguageSite", "LanguageState", "clear", "get_or_load"]
+__all__ = ["Desk", "LanguageSite", "LanguageState", "clear", "forget_other_runs", "get_or_load"]
 
 _MAX_STATES: Final = 1024
 _STEPS: Final = ("rephrase", "refine", "own")
@@ -265,6 +265,14 @@ def get_or_load(key: _Key, load: Callable[[], LanguageState], *, capacity: int) 
                 oldest, _ = _states.popitem(last=False)
                 _locks.pop(oldest, None)
         return state
+
+
+def forget_other_runs(run_ids: Collection[int]) -> None:
+    """Drop the states of runs that are not among `run_ids`; those of all runs stay."""
+    with _guard:
+        for key in [key for key in _states if key[0] not in {ANY_RUN, *run_ids}]:
+            del _states[key]
+            _locks.pop(key, None)
 
 
 def clear() -> None:

@@ -17,6 +17,7 @@ from typing import Final
 from fedinfer_flower.clients.site_model import SiteModel
 
 __all__ = [
+    "ANY_RUN",
     "DEFAULT_CAPACITY",
     "clear",
     "forget_other_runs",
@@ -32,7 +33,8 @@ _Key = tuple[int, str, str]
 _models: OrderedDict[_Key, SiteModel] = OrderedDict()
 _locks: dict[_Key, threading.Lock] = {}
 _guard = threading.Lock()
-_ANY_RUN: Final = 0
+ANY_RUN: Final = 0
+"""Stands for the run of what stays for all runs; no run of Flower has it."""
 _across_runs = threading.Event()
 
 
@@ -48,14 +50,14 @@ def keep_across_runs() -> None:
 def forget_other_runs(run_ids: Collection[int]) -> None:
     """Drop the models of runs that are not among `run_ids`; those of all runs stay."""
     with _guard:
-        for key in [key for key in _models if key[0] not in {_ANY_RUN, *run_ids}]:
+        for key in [key for key in _models if key[0] not in {ANY_RUN, *run_ids}]:
             del _models[key]
             _locks.pop(key, None)
 
 
 def shared_key(key: _Key) -> _Key:
     """Return a key of (run, partition, loader); without its run, if models stay for all runs."""
-    return (_ANY_RUN, *key[1:]) if _across_runs.is_set() else key
+    return (ANY_RUN, *key[1:]) if _across_runs.is_set() else key
 
 
 def get_or_load(key: _Key, load: Callable[[], SiteModel], *, capacity: int) -> SiteModel:

@@ -19,7 +19,7 @@ from fedinfer_flower.observability.json_logs import about
 from fedinfer_flower.observability.tracing import span
 from fedinfer_flower.wire import messages
 from fedinfer_flower.wire.envelope import Envelope, WireLimits
-from fedinfer_flower.wire.records import pack, unpack
+from fedinfer_flower.wire.records import pack, packed_bytes, unpack
 
 __all__ = ["Handler", "answer_message", "refusal_of"]
 
@@ -80,18 +80,13 @@ def _read(message: Message, passage: Passage, limits: WireLimits) -> Envelope:
     try:
         if not message.has_content():
             raise EnvelopeError("a message without content")
-        passage.require_size(_size(message.content))
+        passage.require_size(len(packed_bytes(message.content)))
         return unpack(message.content, limits=limits)
     except FedInferError:
         raise
     except Exception as exc:
         log_locally(exc)
         raise EnvelopeError("the message could not be read") from None
-
-
-def _size(content: RecordDict) -> int:
-    arrays = (array for record in content.array_records.values() for array in record.values())
-    return sum(len(array.data) for array in arrays)
 
 
 def _answered(

@@ -31,6 +31,7 @@ __all__ = ["EXIT_CONFIG", "check_arguments", "main"]
 log = logging.getLogger("fedinfer_flower.site")
 
 EXIT_CONFIG: Final = 78
+_NOT_ACTIVATED: Final = "[code: 2004]"
 
 _WATCHED: Final = ("--isolation", "--superexec-auth-secret-file", "--host")
 
@@ -71,6 +72,18 @@ def check_arguments(arguments: Sequence[str]) -> None:
             )
 
 
+class _Refusals(logging.Handler):
+    """Says why a SuperLink may refuse a node: Flower has one message for all reasons."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if _NOT_ACTIVATED in record.getMessage():
+            log.error(
+                "the SuperLink refuses this node: its key is not registered there"
+                " (flwr supernode register KEY.pub), or a SuperNode with this key is online, or"
+                " was killed less than a minute ago"
+            )
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a warm SuperNode until it is told to end."""
     given = list(sys.argv[1:] if arguments is None else arguments)
@@ -95,6 +108,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         if "--host" not in " ".join(flower):
             flower = [*flower, "--host", "127.0.0.1"]
+        logging.getLogger("flwr").addHandler(_Refusals())
         run_warm_node(flower, watch=status, key=key)
     except ConfigError as exc:
         log.error("%s", exc)

@@ -26,14 +26,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from fedinfer_flower.clients import model_cache
+from fedinfer_flower.clients import language_state, model_cache
 from fedinfer_flower.clients.app_source import AppSource, Bundle, ListedFabs, OwnApp
 from fedinfer_flower.clients.worker_key import read_or_make_key
 from fedinfer_flower.clients.worker_reply import safe_reply
 from fedinfer_flower.clients.worker_status import StatusFile
 from fedinfer_flower.errors import ConfigError, FedInferError, UnavailableError
 from fedinfer_flower.flower_internals import require_flower, shorten_pull_backoff
-from fedinfer_flower.flower_internals.polling import Polling
+from fedinfer_flower.flower_internals.polling import Polling, bounded_s
 from fedinfer_flower.flower_internals.task_frames import OtherFab
 from fedinfer_flower.observability.json_logs import configure_json_logs
 from fedinfer_flower.observability.tracing import configure_tracing
@@ -115,7 +115,7 @@ def serve_tasks(
 def _serve(
     desk: TaskDesk, task: OpenTask, apps: AppSource, *, status: StatusFile, beats: _Beats
 ) -> None:
-    status.busy(min(max(task.message.metadata.ttl, 0.0), _MOST_S) + _AFTER_S)
+    status.busy(bounded_s(task.message.metadata.ttl, most_s=_MOST_S) + _AFTER_S)
     bundle = Bundle(
         fab_id=task.fab_id,
         fab_version=task.fab_version,
@@ -164,7 +164,7 @@ class _Beats:
             try:
                 if not self._desk.beat(task) and self._task is task:
                     log.warning("the SuperNode no longer waits for the task in hand")
-            except UnavailableError as exc:
+            except FedInferError as exc:
                 log.warning("%s", exc.message)
 
     def __enter__(self) -> _Beats:
@@ -189,6 +189,7 @@ class _Runs:
         if is_new:
             self._seen = {r: at for r, at in self._seen.items() if now - at < _RUN_KEPT_S}
             model_cache.forget_other_runs(self._seen)
+            language_state.forget_other_runs(self._seen)
 
 
 def run_worker(

@@ -109,6 +109,8 @@ INTERNALS: Final = (
         "push_task_output",
         "client context sub_status details",
     ),
+    _internal("flwr.supercore.heartbeat", "HEARTBEAT_DEFAULT_INTERVAL"),
+    _internal("flwr.supernode.fleet_http_connection", "HEARTBEAT_DEFAULT_INTERVAL"),
     _internal("flwr.supernode.cli.flower_supernode", "flower_supernode", ""),
     _internal("flwr.supernode.main", "create_app", "state_factory superexec_auth_secret"),
     _internal(_LOOP, "time.sleep"),

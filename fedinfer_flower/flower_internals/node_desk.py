@@ -38,6 +38,7 @@ from flwr.supernode import start_client_internal
 from flwr.supernode.nodestate.in_memory_nodestate import InMemoryNodeState
 from flwr.supernode.servicer.runtime import runtime_handlers
 
+from fedinfer_flower.flower_internals.polling import bounded_s
 from fedinfer_flower.flower_internals.task_frames import MAX_INLINE_BYTES, OtherFab
 
 __all__ = ["DeskLimits", "NodeDesk"]
@@ -209,7 +210,7 @@ class NodeDesk:
             Called while waiting.
         """
         # From now on and not from `created_at`, which is another machine's clock.
-        deadline = self._clock() + min(max(message.metadata.ttl, 0.0), self._limits.task_s)
+        deadline = self._clock() + bounded_s(message.metadata.ttl, most_s=self._limits.task_s)
         with self._changed:
             self._open, self._claim, self._opened_at = True, None, self._clock()
             self._changed.notify_all()

@@ -1,4 +1,4 @@
-"""When to look again: soon after traffic, then less and less often."""
+"""When to look again: soon after traffic, then less and less often; and how long to wait."""
 
 from __future__ import annotations
 
@@ -7,7 +7,21 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-__all__ = ["Polling"]
+__all__ = ["Polling", "bounded_s"]
+
+
+def bounded_s(ttl_s: float, *, most_s: float) -> float:
+    """Return a message's time to live within bounds: it is what the SuperLink says.
+
+    Examples
+    --------
+    >>> [bounded_s(ttl, most_s=9.0) for ttl in (5.0, 60.0, -1.0, float("nan"))]
+    [5.0, 9.0, 0.0, 9.0]
+    """
+    if ttl_s < 0.0:
+        return 0.0
+    # Not `min`: a time that is no number would be longer than any.
+    return ttl_s if ttl_s <= most_s else most_s
 
 
 @dataclass(kw_only=True)

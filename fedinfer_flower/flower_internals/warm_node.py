@@ -20,6 +20,7 @@ from flwr.supernode.nodestate import NodeStateFactory
 from flwr.supernode.nodestate.in_memory_nodestate import InMemoryNodeState
 from flwr.supernode.servicer.runtime import runtime_handlers
 
+from fedinfer_flower.flower_internals.beating import beat_often
 from fedinfer_flower.flower_internals.node_desk import NodeDesk
 from fedinfer_flower.flower_internals.node_routes import App, TaskRoutes
 from fedinfer_flower.flower_internals.polling import Polling
@@ -125,6 +126,7 @@ def run_warm_node(
     desk = desk or NodeDesk()
     loop = _WarmLoop(desk, polling or Polling(), watch)
     shorten(initial_s=0.01, cap_s=0.25)
+    beat_often()
 
     def gated_acquire(request: AcquireTaskRequest, state: Any) -> AcquireTaskResponse:
         # A task exists before its message is complete: Flower's own workers start too slowly

@@ -34,7 +34,7 @@ from fedinfer_flower.wire.sealed_job import SealedJob
 
 __all__ = ["SeenRows", "check_models", "checked_request", "has_exact_sums"]
 
-_MAX_KEY: Final = 128
+_MAX_KEY: Final = 255
 _MAX_DIMENSIONS: Final = 8
 
 

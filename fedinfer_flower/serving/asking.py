@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
-from fedinfer_flower.errors import NotEnoughNodesError
+from fedinfer_flower.errors import (
+    FedInferError,
+    NotEnoughNodesError,
+    PolicyRefusedError,
+    QuorumNotMetError,
+)
 from fedinfer_flower.privacy.base import make_protection
-from fedinfer_flower.query import QueryReport
+from fedinfer_flower.query import QueryReport, SiteOutcome, SiteStatus
 from fedinfer_flower.serving.config import ModelConfig
 from fedinfer_flower.strategies.result import InferenceResult
 from fedinfer_flower.wire.directory import SiteCard
 from fedinfer_flower.wire.identity import Identity
 
-__all__ = ["check_least", "least_sites", "price_a_row", "signed_receipt"]
+__all__ = ["cause_of", "check_least", "least_sites", "price_a_row", "signed_receipt"]
 
 
 def least_sites(model: ModelConfig) -> int:
@@ -36,6 +41,22 @@ def check_least(model: ModelConfig, n_sites: int) -> None:
             f"{n_sites} sites can be asked, {needed} are needed",
             hint="start the sites' SuperNodes; /v1/status says what they last answered",
         )
+
+
+def cause_of(error: FedInferError, outcomes: Collection[SiteOutcome]) -> FedInferError:
+    """Return why a query failed: the sites' policies, where it is they that kept the quorum away.
+
+    The sites' own words stay with the operator: they say what is left of their limits.
+    """
+    missing = [o for o in outcomes if o.status is not SiteStatus.ANSWERED]
+    refused = [o.name for o in missing if o.error_code == PolicyRefusedError.code]
+    if not isinstance(error, QuorumNotMetError) or not refused or len(refused) < len(missing):
+        return error
+    return PolicyRefusedError(
+        f"{len(refused)} of {len(outcomes)} sites refused the query by their policies"
+        f" ({', '.join(sorted(refused)[:5])})",
+        hint="another rule or protection, fewer rows, or later; /v1/status has the sites' words",
+    )
 
 
 def price_a_row(report: QueryReport, cards: Mapping[int, SiteCard]) -> dict[str, float]:

@@ -62,8 +62,9 @@ class OpenJob:
         self._job, self.request, self.money = job, request, money
         self._ends = ends
         self._lock = threading.RLock()
-        # By a clock that nobody sets: from here on, wall time is only shown.
-        self._ends_at = time.monotonic() + (job.deadline_at - clock())
+        # By a clock that nobody sets: from here on, wall time is only shown. After a restart
+        # it may have been set back: that gives a job no more time than it asked for.
+        self._ends_at = time.monotonic() + min(job.deadline_at - clock(), request.timeout_s)
         self._claimed = False
         self._listeners: dict[object, Callable[[Job], None]] = {}
         self.rows = RowsAnswer(job.n_rows)

@@ -45,7 +45,7 @@ __all__ = [
 _BEAT_S: Final = 10.0
 """Seconds after which a quiet stream says that it lives: proxies close those that do not."""
 
-_LONGEST_KEY: Final = 128
+_LONGEST_KEY: Final = 255
 _AFTER_S: Final = 5.0
 
 COMMENT: Final = ": the federation is being asked\n\n"

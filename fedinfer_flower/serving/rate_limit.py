@@ -123,8 +123,9 @@ class Quotas:
     -----
     Rows are counted before a job is handed in, and given back if it is not accepted. With an
     idempotency key they are counted under that key and what is asked: handed in again, while
-    the earlier job is still there, they are not counted again. A crash between the two loses rows of the day's
-    quota, and never wins any. Rows of the minute and jobs at a time are kept in memory.
+    the earlier job is still there, they are not counted again. A crash between the two loses
+    rows of the day's quota, and never wins any. Rows of the minute and jobs at a time are
+    kept in memory.
     """
 
     def __init__(self, keys: KeyStore, *, clock: Callable[[], float] = time.monotonic) -> None:

@@ -13,7 +13,7 @@ from fedinfer_flower.errors import FedInferError, QuorumNotMetError
 from fedinfer_flower.privacy.base import make_protection
 from fedinfer_flower.querier.querier import Querier
 from fedinfer_flower.query import Deadline, SiteOutcome, SiteStatus
-from fedinfer_flower.serving.asking import check_least, price_a_row, signed_receipt
+from fedinfer_flower.serving.asking import cause_of, check_least, price_a_row, signed_receipt
 from fedinfer_flower.serving.jobs import JobKind, Progress
 from fedinfer_flower.serving.open_job import OpenJob
 from fedinfer_flower.serving.rows_answer import RowsFound, provenance_of
@@ -65,8 +65,8 @@ class RowsRunner:
             self._ask(parts, bench, strategy)
             return
         except FedInferError as exc:
-            error = exc
             outcomes = () if strategy is None else strategy.outcomes
+            error = cause_of(exc, outcomes)
         stale = bench.membership.note(outcomes)
         bench.chronicle.note_outcomes(outcomes)
         again = [p for p in parts if not p.job.cancelled and p.job.left_s > _WORTH_S]

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from fedinfer_flower.errors import FedInferError, QuorumNotMetError
 from fedinfer_flower.privacy.base import make_protection
 from fedinfer_flower.query import Deadline
-from fedinfer_flower.serving.asking import price_a_row, signed_receipt
+from fedinfer_flower.serving.asking import cause_of, price_a_row, signed_receipt
 from fedinfer_flower.serving.jobs import JobKind, Progress
 from fedinfer_flower.serving.open_job import OpenJob
 from fedinfer_flower.serving.rows_answer import provenance_of
@@ -76,10 +76,10 @@ class SealedRunner:
                     progress=progress,
                     run_id=bench.run_id,
                 )
-        except FedInferError:
+        except FedInferError as exc:
             bench.membership.note(strategy.outcomes)
             bench.chronicle.note_outcomes(strategy.outcomes)
-            raise
+            raise cause_of(exc, strategy.outcomes) from None
         for report in result.reports:
             bench.membership.note(report.sites)
         querier = sealed.querier.key_id

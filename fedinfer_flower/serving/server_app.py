@@ -36,6 +36,7 @@ CONFIG_KEY: Final = "gateway-config"
 KEYS_FILE: Final = "keys.db"
 _IDENTITY_FILE: Final = "gateway.id"
 AUDIT_FILE: Final = "audit.jsonl"
+_LOCK_FILE: Final = "gateway.lock"
 _LOOK_S: Final = 0.2
 _LOG: Final = logging.getLogger(__name__)
 
@@ -84,12 +85,14 @@ def serve(
     Raises
     ------
     ConfigError
-        If the state folder, the certificate or the port cannot be used.
+        If the state folder, the certificate or the port cannot be used, or another gateway
+        uses the folder.
     """
     from fedinfer_flower.serving.core import GatewayCore
 
     folder = state_folder(config.state)
     with ExitStack() as stack:
+        stack.enter_context(_alone(folder))
         audit = AuditLog(folder / AUDIT_FILE, role="gateway")
         metrics = GatewayMetrics()
         keys = KeyStore(folder / KEYS_FILE)
@@ -149,6 +152,26 @@ def state_folder(path: Path) -> Path:
             hint=f"chmod 700 {path.name}, as the user who runs the gateway",
         )
     return path
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Keep other gateways off the state folder: two would ask, and charge, each query twice."""
+    handle = os.open(folder / _LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        if os.name == "posix":
+            import fcntl
+
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise DeploymentError(
+                    f"another gateway uses the state folder {folder.name!r}",
+                    hint="one that is ending needs limits.drain-s at most",
+                ) from None
+        yield
+    finally:
+        os.close(handle)
 
 
 @contextmanager

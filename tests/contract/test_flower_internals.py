@@ -142,6 +142,20 @@ def test_pull_backoff_is_shortened_for_good_and_nothing_else():
             function.__kwdefaults__.update(was)
 
 
+def test_heartbeats_are_as_often_as_a_superlink_accepts(monkeypatch):
+    from flwr.common.constant import HEARTBEAT_MIN_INTERVAL
+    from flwr.supercore import heartbeat
+    from flwr.supernode import fleet_http_connection
+
+    from fedinfer_flower.flower_internals.beating import beat_often
+
+    modules = (heartbeat, fleet_http_connection)
+    for module in modules:
+        monkeypatch.setattr(module, "HEARTBEAT_DEFAULT_INTERVAL", 30)
+    beat_often()
+    assert {m.HEARTBEAT_DEFAULT_INTERVAL for m in modules} == {HEARTBEAT_MIN_INTERVAL}
+
+
 def test_importing_the_guard_loads_no_flower():
     code = "import fedinfer_flower.flower_internals, sys; sys.stdout.write(' '.join(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

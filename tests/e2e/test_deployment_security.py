@@ -86,7 +86,7 @@ def test_rule_that_the_policies_forbid_is_fi322_at_the_querier(deployment, api_k
         pytest.raises(PolicyRefusedError, match="FI322") as caught,
     ):
         gateway.ask(x, model="votes", seal=seal, identity=deployment.app_identity)
-    assert "rules" in str(caught.value)
+    assert "2 of 2 sites refused the query by their policies (site-0, site-1)" in str(caught.value)
     log = deployment.folder / "site-0-home/audit.jsonl"
     refused = [
         entry["facts"]["code"]
@@ -121,8 +121,8 @@ def test_node_that_is_not_registered_does_not_get_in(deployment, api_key):
     )
     assert code == 1, said
     log = (deployment.folder / "site-9-home/logs/supernode.log").read_text()
-    assert "Traceback" not in said
-    assert "regist" in (said + log).lower() or "authentic" in (said + log).lower(), said + log
+    assert "Traceback" not in said + log
+    assert "its key is not registered there" in log
     assert {site["name"] for site in status(deployment, api_key)["sites"]} == {"site-0", "site-1"}
 
 
@@ -137,7 +137,7 @@ def status(deployment, api_key):
 def test_expired_certificate_of_the_gateway_is_refused_by_clients(deployment, api_key):
     certificate, key = (deployment.folder / f"gateway.{end}" for end in ("pem", "key"))
     for file in (certificate, key):
-        shutil.copy(file, file.with_suffix(".kept"))
+        shutil.copy(file, file.with_name(f"{file.name}.kept"))
     expired = deployment.authority.issue(deployment.folder, "expired", days=-1)
     try:
         put(expired, (certificate, key))
@@ -162,7 +162,9 @@ def test_expired_certificate_of_the_gateway_is_refused_by_clients(deployment, ap
         assert "FI209" in said
         assert "ended" in said
     finally:
-        put([file.with_suffix(".kept") for file in (certificate, key)], (certificate, key))
+        put(
+            [file.with_name(f"{file.name}.kept") for file in (certificate, key)], (certificate, key)
+        )
     with gateway_of(deployment, api_key) as gateway:
         wait_for(lambda: "digits" in {m.name for m in models_or_none(gateway)})
 

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import hashlib
+
 import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
@@ -7,7 +9,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from fedinfer_flower.errors import EnvelopeError, ProtocolError, SizeLimitError
 from fedinfer_flower.wire.actions import ACTIONS, PREFIX, message_type
 from fedinfer_flower.wire.envelope import Envelope, Kind, WireLimits, encode
-from fedinfer_flower.wire.records import pack, unpack
+from fedinfer_flower.wire.records import content_digest, pack, unpack
 
 ENVELOPE = Envelope(kind=Kind.ANSWER, run_id=7, sections=(("scores", b"abc"),))
 
@@ -16,11 +18,20 @@ def array(data: bytes, *, stype: str = "fedinfer.envelope") -> Array:
     return Array(dtype="uint8", shape=(len(data),), stype=stype, data=data)
 
 
-def test_pack_makes_one_record_with_one_array():
-    content = pack(ENVELOPE)
+@pytest.mark.parametrize(("size", "record"), [(10, ConfigRecord), (2 << 20, ArrayRecord)])
+def test_pack_makes_one_record_with_one_value(size, record):
+    envelope = Envelope(kind=Kind.ANSWER, run_id=7, sections=(("scores", bytes(size)),))
+    content = pack(envelope)
     assert list(content.keys()) == ["fedinfer"]
+    assert isinstance(content["fedinfer"], record)
     assert list(content["fedinfer"].keys()) == ["envelope"]
-    assert unpack(content) == ENVELOPE
+    assert unpack(content) == envelope
+
+
+def test_digest_is_of_the_envelope_however_it_is_packed():
+    in_array = RecordDict({"fedinfer": ArrayRecord({"envelope": array(GOOD)})})
+    assert content_digest(in_array) == content_digest(pack(ENVELOPE))
+    assert content_digest(in_array) == hashlib.sha256(GOOD).digest()
 
 
 GOOD = encode(ENVELOPE)
@@ -38,7 +49,10 @@ BAD = {
     "config beside it": RecordDict(
         {"fedinfer": ArrayRecord({"envelope": array(GOOD)}), "config": ConfigRecord()}
     ),
-    "config record": RecordDict({"fedinfer": ConfigRecord({"envelope": GOOD})}),
+    "config with text": RecordDict({"fedinfer": ConfigRecord({"envelope": GOOD.hex()})}),
+    "config with parts": RecordDict({"fedinfer": ConfigRecord({"envelope": [GOOD, GOOD]})}),
+    "config with more": RecordDict({"fedinfer": ConfigRecord({"envelope": GOOD, "more": 1})}),
+    "config truncated": RecordDict({"fedinfer": ConfigRecord({"envelope": GOOD[:-1]})}),
     "metric record": RecordDict({"fedinfer": MetricRecord({"envelope": 1})}),
     "stype of numpy": RecordDict(
         {"fedinfer": ArrayRecord({"envelope": array(GOOD, stype="numpy.ndarray")})}

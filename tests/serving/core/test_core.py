@@ -312,7 +312,7 @@ def test_closing_gateway_refuses_new_jobs_and_ends_accepted_ones(bed, rows):
         ({"facts": {"dtype": "object", "shape": [5, 4]}}, ShapeError),
         ({"facts": {"dtype": "float64", "shape": [5, 2**62]}}, ShapeError),
         ({"n_rows": 4}, ShapeError),
-        ({"idempotency_key": "k" * 129}, InvalidValueError),
+        ({"idempotency_key": "k" * 256}, InvalidValueError),
     ],
     ids=["model", "size", "one-axis", "dtype", "huge", "rows", "key"],
 )

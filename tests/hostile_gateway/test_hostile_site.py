@@ -1,0 +1,97 @@
+"""A site that lies: in errors, names, prices, keys, scores."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from fedinfer_flower.errors import InvalidValueError
+from fedinfer_flower.incentives.ledger import Ledger
+from fedinfer_flower.serving.jobs import JobState
+from fedinfer_flower.wire import messages
+from fedinfer_flower.wire.envelope import DEFAULT_LIMITS
+from fedinfer_flower.wire.records import pack, unpack
+
+CANARY = "canary-4242.4242"
+CREDIT = 1_000_000
+
+
+def quoting(action, partition, message, context, handle):
+    """Refuse a query with a typed error that quotes a row, as a site could that wants to tell."""
+    if action != "fi_predict":
+        return None
+    from flwr.app import Message
+
+    asked = unpack(message.content, limits=DEFAULT_LIMITS)
+    error = InvalidValueError(f"row 0 is {CANARY}", hint=f"not {CANARY}")
+    envelope = messages.error(
+        error, run_id=asked.run_id, sender=context.node_id, query_id=asked.query_id
+    )
+    return Message(pack(envelope), reply_to=message)
+
+
+def test_what_a_site_says_of_a_query_reaches_neither_the_status_nor_another_caller(bed, rows):
+    sites = bed.sites(2)
+    core = bed.core(sites, batching={"window-s": 0.3}, models={"m": {"quorum": 2}})
+    sites.instead = quoting
+    alice = core.submit(bed.request(rows, timeout_s=5.0))
+    bob = core.submit(bed.request(rows + 1.0, owner="bob", timeout_s=5.0))
+    for job in (alice, bob):
+        ended = bed.ended(core, job)
+        assert ended.state is JobState.FAILED
+        assert CANARY not in json.dumps(dict(ended.error))
+        assert CANARY not in json.dumps(dict(ended.provenance))
+    assert CANARY not in json.dumps(core.status())
+
+
+def test_site_cannot_have_the_price_of_the_operator_by_asking_for_a_million(bed, rows, tmp_path):
+    url = f"sqlite:///{tmp_path}/ledger.db"
+    ledger = Ledger(url)
+    ledger.migrate()
+    ledger.deposit("key:alice", 100 * CREDIT, key="invoice")
+    core = bed.core(
+        bed.sites(prices=(1.0, 1.0, 1e6)), gateway={"ledger": url}, models={"m": {"price": 3.0}}
+    )
+    ended = bed.ended(core, core.submit(bed.request(rows)))
+    assert ended.provenance["credits"] == 3.0 * len(rows)
+    bed.until(lambda: len(core.status()["rewards"]) == 3)
+    paid = {r["site"]: r["credits"] for r in core.status()["rewards"]}
+    assert max(paid.values()) <= 2 * min(paid.values()), paid
+
+
+def test_scores_that_are_no_numbers_are_left_out(bed, rows):
+    sites = bed.sites(3)
+    core = bed.core(sites, models={"m": {"quorum": 2, "protection": "plain"}})
+    sites.poison = 0.0  # this site's model raises where the others answer
+    ended = bed.ended(core, core.submit(bed.request(rows)))
+    assert ended.state is JobState.DONE
+    answer = json.loads(ended.answer)
+    assert np.isfinite(answer["probabilities"]).all()
+
+
+def test_epsilon_is_counted_however_many_queriers_ask(bed):
+    """Sealed queries come from a fresh identity each: the count must not stop at some number."""
+    from fedinfer_flower.query import QueryReport, SiteOutcome, SiteStatus
+
+    core = bed.core(bed.sites(1), start=False)
+    chronicle = core._chronicle
+    site = SiteOutcome(site_id="1", name="site-0", status=SiteStatus.ANSWERED)
+    report = QueryReport(
+        query_id="q",
+        protection="dp",
+        rule="mean-probability",
+        n_queries=1,
+        sites=(site,),
+        epsilon_per_query=1.0,
+        delta_per_query=1e-6,
+        request_bytes=0,
+        reply_bytes=0,
+        seconds=0.0,
+    )
+    for n in range(5000):
+        chronicle.note_round("m", [report], {}, querier=f"{n:064x}", metrics=core._metrics)
+    spent = sum(entry["spent"] for entry in core.status()["epsilon"])
+    assert spent == pytest.approx(5000.0)
+    assert len(core.status()["epsilon"]) <= 4200
