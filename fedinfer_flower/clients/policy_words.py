@@ -82,8 +82,8 @@ def _leaves(policy: SitePolicy) -> list[str]:
         words.append(f"answers by these ensemble rules only: {', '.join(answers.rules)}")
     if policy.model is not None and policy.has_classifier and "hello" in answers.actions:
         words.append(
-            "the profile: site and class names, model card and digest, and of the training data's"
-            f" classes: {policy.model.share_counts}"
+            "the profile: site and class names, model card and digest, temperature, price, and of"
+            f" the training data's classes: {policy.model.share_counts}"
         )
     if policy.language is not None and "introduce" in answers.actions:
         words.append("the language card: the model's shape, what it shares, and which fusers")

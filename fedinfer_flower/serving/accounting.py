@@ -97,16 +97,16 @@ class Money:
 
         Notes
         -----
-        Under the operator's price, the fee is split in proportion to what the sites ask, and
-        evenly if none asks anything. Otherwise each gets what it asks; if prices rose
-        since the job was accepted, the fee is split in the same proportion.
+        Under the operator's price, the fee is split evenly: what a site asks is its own word,
+        and asking for a million would leave the others nothing. Otherwise each gets what it
+        asks; if prices rose since the job was accepted, the fee is split in that proportion.
         """
         asked = {k: round(v * MICRO) for k, v in sorted(earned.items())}
         total = sum(asked.values())
         if not asked or (not self.priced and total == 0):
             amounts: list[int] = []
         elif self.priced or total > self.fee:
-            weights = np.array([float(v) for v in asked.values()])
+            weights = np.array([1.0 if self.priced else float(v) for v in asked.values()])
             amounts = list(apportion(weights, self.fee))
         else:
             amounts = list(asked.values())

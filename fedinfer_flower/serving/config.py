@@ -36,6 +36,8 @@ class LimitsConfig:
         Most connections at a time.
     queued_rows : int
         Most rows that are accepted and not answered; more are refused.
+    queued_bytes : int
+        Most bytes of their bodies, which are in memory for so long.
     result_ttl_s : float
         How long results are kept for their owners.
     drain_s : float
@@ -47,6 +49,7 @@ class LimitsConfig:
     body_timeout_s: float = 30.0
     connections: int = 256
     queued_rows: int = 100_000
+    queued_bytes: int = 512 << 20
     result_ttl_s: float = 900.0
     drain_s: float = 20.0
 
@@ -57,11 +60,12 @@ class LimitsConfig:
             self.body_timeout_s,
             self.connections,
             self.queued_rows,
+            self.queued_bytes,
         )
         if min(least) <= 0:
             raise InvalidValueError(
-                "body-bytes, header-timeout-s, body-timeout-s, connections and queued-rows of"
-                " [limits] are positive",
+                "body-bytes, header-timeout-s, body-timeout-s, connections, queued-rows and"
+                " queued-bytes of [limits] are positive",
                 hint="nobody could ask anything",
             )
 

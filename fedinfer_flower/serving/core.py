@@ -15,7 +15,6 @@ from flwr.serverapp import Grid
 from fedinfer_flower.errors import (
     FedInferError,
     QueryCancelledError,
-    QuotaExceededError,
     UnavailableError,
     UnknownQueryError,
 )
@@ -37,6 +36,7 @@ from fedinfer_flower.serving.membership import Membership
 from fedinfer_flower.serving.open_job import OpenJob
 from fedinfer_flower.serving.outbox import Outbox, Stored
 from fedinfer_flower.serving.restart import verdict
+from fedinfer_flower.serving.room import Room
 from fedinfer_flower.serving.rows_runner import rows_of
 from fedinfer_flower.serving.runners import Bench
 from fedinfer_flower.serving.shown import gateway_status, models_shown
@@ -131,7 +131,7 @@ class GatewayCore:
             gone=self._gone,
             clock=clock,
         )
-        self._queued_rows = 0
+        self._room = Room(config.limits)
         self._draining = self._closed = False
         self._keeper = threading.Thread(target=self._keep, name="fedinfer-keeper", daemon=True)
 
@@ -175,9 +175,7 @@ class GatewayCore:
         for stored in self._outbox.unsettled():
             self._ends.settle(stored.job.job_id, Money.from_json(stored.money))
         for stored in self._outbox.unfinished():
-            # Room or not: it was accepted.
-            with self._lock:
-                self._queued_rows += stored.job.n_rows
+            self._room.take(stored.request, always=True)
             job = self._opened(stored)
             refused = verdict(stored, self._config, run_id=self._run_id, now=self._clock())
             if refused is not None:
@@ -205,12 +203,13 @@ class GatewayCore:
         request = checked_request(request, self._config, run_id=self._run_id, now=self._clock())
         if (earlier := self._outbox.find_key(request)) is not None:
             return self._as_it_stands(earlier)
-        self._take_room(request.n_rows)
+        self._room.take(request)
         try:
             stored = self._written(request)
         except BaseException:
-            self._give_room(request.n_rows)
+            self._give_room(request)
             raise
+        self._metrics.queue_rows.set(self._room.n_rows)
         job = self._opened(stored)
         self._ends.accepted(job)
         self._enqueue(job)
@@ -266,7 +265,7 @@ class GatewayCore:
             run_id=self._run_id,
             ready=ready,
             why=why,
-            queue_rows=self._queued_rows,
+            queue_rows=self._room.n_rows,
             rewards=rewards,
         )
 
@@ -286,22 +285,11 @@ class GatewayCore:
     def _closing(self) -> str:
         return "the gateway is closing" if self._draining else ""
 
-    def _take_room(self, n_rows: int) -> None:
-        limit = self._config.limits.queued_rows
+    def _give_room(self, request: JobRequest) -> None:
+        self._room.give_back(request)
+        self._metrics.queue_rows.set(self._room.n_rows)
         with self._lock:
-            if self._queued_rows + n_rows > limit:
-                raise QuotaExceededError(
-                    f"{self._queued_rows} rows wait, and the gateway keeps at most {limit}",
-                    hint="ask again in a while, or in smaller parts",
-                )
-            self._queued_rows += n_rows
-        self._metrics.queue_rows.set(self._queued_rows)
-
-    def _give_room(self, n_rows: int) -> None:
-        with self._lock:
-            self._queued_rows -= n_rows
             self._lock.notify_all()
-        self._metrics.queue_rows.set(self._queued_rows)
 
     def _written(self, request: JobRequest) -> Stored:
         """Write a job to the outbox, and have its fee set aside."""
@@ -370,7 +358,7 @@ class GatewayCore:
         self._work.remove(job.job_id)
         with self._lock:
             self._open.pop(job.job_id, None)
-        self._give_room(job.job.n_rows)
+        self._give_room(job.request)
 
     def _changed(self) -> None:
         self._metrics.sites_online.set(len(self._members.cards()))

@@ -23,6 +23,7 @@ __all__ = ["Chronicle", "site_rows"]
 _LAST: Final = 20
 _MINUTES: Final = 60
 _MAX_SPENT: Final = 4096
+_OTHERS: Final = "others"
 
 
 class Chronicle:
@@ -175,7 +176,8 @@ class Chronicle:
     def _spend(self, site: str, querier: str, report: QueryReport) -> None:
         key = (site, querier)
         if key not in self._spent and len(self._spent) >= _MAX_SPENT:
-            return
+            # Whoever seals has a fresh key each time: they are counted, and not told apart.
+            key = (site, _OTHERS)
         spent = self._spent.setdefault(key, [0.0, 0.0])
         spent[0] += report.n_queries * (report.epsilon_per_query or 0.0)
         spent[1] += report.n_queries * (report.delta_per_query or 0.0)

@@ -144,6 +144,8 @@ class Chaos:
         )
 
     def reply(self, data: bytes) -> Message:
+        if self.rng.randrange(2):  # either form is read, whatever the size
+            return self.content(RecordDict({"fedinfer": ConfigRecord({"envelope": data})}))
         array = Array(dtype="uint8", shape=(len(data),), stype="fedinfer.envelope", data=data)
         return self.content(RecordDict({"fedinfer": ArrayRecord({"envelope": array})}))
 
@@ -240,7 +242,8 @@ class Chaos:
         numpy_array = Array(np.frombuffer(data, dtype=np.uint8))
         return [
             RecordDict(),
-            RecordDict({"fedinfer": ConfigRecord({"envelope": data})}),
+            RecordDict({"fedinfer": ConfigRecord({"envelope": data.hex()})}),
+            RecordDict({"fedinfer": ConfigRecord({"envelope": data, "more": 1})}),
             RecordDict({"fedinfer": MetricRecord({CANARY: 1.0})}),
             RecordDict({"fedinfer": ArrayRecord()}),
             RecordDict({"fedinfer": ArrayRecord({CANARY: array})}),

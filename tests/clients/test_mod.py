@@ -26,7 +26,7 @@ from fedinfer_flower.wire import messages
 from fedinfer_flower.wire.actions import ACTIONS, HELLO, PING, PREDICT, message_type
 from fedinfer_flower.wire.envelope import DEFAULT_LIMITS, Envelope, Kind, WireLimits
 from fedinfer_flower.wire.messages import Question
-from fedinfer_flower.wire.records import pack, unpack
+from fedinfer_flower.wire.records import pack, packed_bytes, unpack
 
 CANARY = "CANARY-1f9b"
 CANARY_NUMBER = 1234.56789  # its digits, and its bytes, must not be in a reply
@@ -186,7 +186,7 @@ FAULTY_MODELS = {
 def assert_clean(message: Message, caplog) -> None:
     """Require that no canary is in the bytes of a reply or in any log record."""
     copy, _ = over_the_wire(message)
-    data = copy.content["fedinfer"]["envelope"].data
+    data = packed_bytes(copy.content)
     needles = [CANARY.encode(), CANARY.replace("-", "_").encode(), b"1234.56"]
     needles += [np.array(CANARY_NUMBER, dtype=t).tobytes() for t in ("<f4", "<f8")]
     for needle in needles:

@@ -136,6 +136,7 @@ from fedinfer_flower.settlement import SettlementDesk, SettlementReply
 from fedinfer_flower.strategies.handover import write_whole
 from fedinfer_flower.strategies.treasurer import Treasurer
 from fedinfer_flower.wire.identity import PublicIdentity
+from fedinfer_flower.wire.records import packed_bytes
 
 FEE = 1_000_000
 app = ServerApp()
@@ -161,7 +162,7 @@ class Overheard:
         with self._path.open("ab") as file:
             for message in messages:
                 if message.has_content():
-                    file.write(message.content["fedinfer"]["envelope"].data)
+                    file.write(packed_bytes(message.content))
         return messages
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 
+import numpy as np
 import pytest
 
 from fedinfer_flower.errors import QuotaExceededError, ShapeError
@@ -202,3 +203,18 @@ def test_models_that_a_key_may_not_use_cannot_be_told_from_none(
 
     said = asyncio.run(go())
     assert said[:4] == said[4:]
+
+
+def test_bodies_that_wait_are_bounded_in_bytes_as_well(bed):
+    """A row may be as large as a body: a hundred thousand of them would be the whole memory."""
+    sites = bed.sites(2)
+    limits = {"queued-bytes": 64_000}
+    core = bed.core(sites, limits=limits, start=False)
+    wide = np.zeros((1, 2000))  # 16 kB in one row
+    kept = [core.submit(bed.request(wide, timeout_s=20.0)) for _ in range(4)]
+    with pytest.raises(QuotaExceededError, match="bytes"):
+        core.submit(bed.request(wide))
+    core.cancel(kept[0].job_id, owner="alice")
+    core.submit(bed.request(wide))
+    for job in kept[1:]:
+        core.cancel(job.job_id, owner="alice")

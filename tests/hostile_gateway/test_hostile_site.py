@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 
 import numpy as np
 import pytest
@@ -18,21 +19,22 @@ CANARY = "canary-4242.4242"
 CREDIT = 1_000_000
 
 
-def quoting(action, partition, message, context, handle):
+def quoting(action, partition, message, context, handle, *, words=CANARY):
     """Refuse a query with a typed error that quotes a row, as a site could that wants to tell."""
     if action != "fi_predict":
         return None
     from flwr.app import Message
 
     asked = unpack(message.content, limits=DEFAULT_LIMITS)
-    error = InvalidValueError(f"row 0 is {CANARY}", hint=f"not {CANARY}")
+    error = InvalidValueError(f"row 0 is {words}", hint=f"not {words}")
     envelope = messages.error(
         error, run_id=asked.run_id, sender=context.node_id, query_id=asked.query_id
     )
     return Message(pack(envelope), reply_to=message)
 
 
-def test_what_a_site_says_of_a_query_reaches_neither_the_status_nor_another_caller(bed, rows):
+def test_what_a_site_says_of_a_query_reaches_no_other_caller(bed, rows):
+    """The words of a site are for whoever has the status; callers are told its code."""
     sites = bed.sites(2)
     core = bed.core(sites, batching={"window-s": 0.3}, models={"m": {"quorum": 2}})
     sites.instead = quoting
@@ -43,7 +45,16 @@ def test_what_a_site_says_of_a_query_reaches_neither_the_status_nor_another_call
         assert ended.state is JobState.FAILED
         assert CANARY not in json.dumps(dict(ended.error))
         assert CANARY not in json.dumps(dict(ended.provenance))
-    assert CANARY not in json.dumps(core.status())
+
+
+def test_words_of_a_site_in_the_status_are_short_and_one_line(bed, rows):
+    sites = bed.sites(2)
+    core = bed.core(sites, models={"m": {"quorum": 2}})
+    sites.instead = partial(quoting, words="\x1b[2J<script>\n" * 1000)
+    bed.ended(core, core.submit(bed.request(rows, timeout_s=5.0)))
+    told = [error["message"] for error in core.status()["errors"]]
+    assert told
+    assert all(len(text) < 2500 and text.isprintable() for text in told)
 
 
 def test_site_cannot_have_the_price_of_the_operator_by_asking_for_a_million(bed, rows, tmp_path):
@@ -86,8 +97,8 @@ def test_epsilon_is_counted_however_many_queriers_ask(bed):
         sites=(site,),
         epsilon_per_query=1.0,
         delta_per_query=1e-6,
+        rule_reason="",
         request_bytes=0,
-        reply_bytes=0,
         seconds=0.0,
     )
     for n in range(5000):

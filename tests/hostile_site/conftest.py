@@ -99,7 +99,7 @@ class Site:
             for _ in range(n_sites - 1)
         ]
         options = {
-            "query_id": uuid.uuid4().hex,
+            "query_id": f"{uuid.uuid4().hex}-1",
             "inputs": np.array([[CANARY, 0.0], [0.0, CANARY]]),
             "classes": ("a", "b"),
             "n_sites": n_sites,

@@ -188,7 +188,7 @@ def test_who_takes_the_port_in_between_is_not_sent_the_reply(inline, monkeypatch
         fab_version="1",
         fab_hash="0" * 64,
         fab_bytes=b"",
-        token="token-of-the-task",
+        token="token-of-the-task",  # noqa: S106
     )
     with Imposter(200) as imposter:
         desk = TaskDesk(imposter.address, key=KEY)
@@ -289,9 +289,9 @@ def test_second_supervisor_of_a_home_is_refused_and_a_third_after_the_first_is_n
         ["--isolation", "process", "--isolation", "subprocess"],
         ["--isolation=process", "--isolation=subprocess"],
         ["--isolation", "process", "--isol", "subprocess"],
-        ["--isolation", "process", "--hos", "0.0.0.0"],
-        ["--isolation", "process", "--host=0.0.0.0"],
-        ["--isolation", "process", "--host", "127.0.0.1", "--host", "0.0.0.0"],
+        ["--isolation", "process", "--hos", "10.0.0.1"],
+        ["--isolation", "process", "--host=10.0.0.1"],
+        ["--isolation", "process", "--host", "127.0.0.1", "--host", "10.0.0.1"],
         ["--isolation", "process", "--superexec-auth-secret", "file"],
     ],
     ids=" ".join,

@@ -123,9 +123,8 @@ def test_good_answer_leaves_no_trace_of_the_rows(make_site, ward, tmp_path, log)
 
 
 @pytest.mark.filterwarnings("ignore:CANARY")
+@pytest.mark.parametrize("log", ["json"], indirect=True)
 def test_tracebacks_of_a_worker_hold_no_text(make_site, ward, tmp_path, log, monkeypatch):
-    if is_plain(log):
-        pytest.skip("a stock SuperNode's log has texts when FEDINFER_SITE_TRACEBACKS asks for it")
     monkeypatch.setitem(os.environ, "FEDINFER_SITE_TRACEBACKS", "1")
     ward.answer = fails_with(ValueError)
     asked(make_site(), tmp_path, log)

@@ -22,7 +22,7 @@ from fedinfer_flower.simulation.local_grid import LocalGrid
 from fedinfer_flower.wire.directory import Directory
 from fedinfer_flower.wire.envelope import Envelope
 from fedinfer_flower.wire.identity import Identity
-from fedinfer_flower.wire.records import pack, unpack
+from fedinfer_flower.wire.records import pack, packed_bytes, unpack
 from fedinfer_flower.wire.sealed_job import SealedJob
 
 N_SITES, N_FEATURES = 5, 4
@@ -62,14 +62,14 @@ class RecordingGrid(LocalGrid):
             changed = self.on_push(envelope)
             if changed is not envelope:
                 message.content = pack(changed)
-            self.sent.append(bytes(message.content["fedinfer"]["envelope"].data))
+            self.sent.append(packed_bytes(message.content))
         return super().push_messages(out)
 
     def pull_messages(self, message_ids):
         replies = list(super().pull_messages(message_ids))
         for reply in replies:
             if reply.has_content():
-                self.received.append(bytes(reply.content["fedinfer"]["envelope"].data))
+                self.received.append(packed_bytes(reply.content))
         return replies
 
     @property
