@@ -74,6 +74,6 @@ fedinfer query digits.npy --gateway "https://localhost:$port" --ca ca.crt --mode
     --identity clinic.id --pins pins.toml --receipt receipt.json | python -c 'import json, sys; print("sealed:   ", *(json.loads(line)["label"] for line in sys.stdin))'
 python "$here/ask.py" "https://localhost:$port" ca.crt
 
-echo "7. what is left behind: a receipt, and a log at each hospital that nobody can change unseen"
+echo "7. what is left behind: a receipt, and a log at each hospital in which edits show"
 fedinfer verify receipt.json --pins pins.toml >/dev/null && echo "the receipt verifies"
 fedinfer verify north-home/audit.jsonl

@@ -110,8 +110,8 @@ def run_site(
     from fedinfer_flower.supervision.run_folder import RunFolder, private_folder
     from fedinfer_flower.supervision.supervisor import StopFlag, Supervisor
 
-    policy = SitePolicy.read(policy_path)
     _require_own_file(policy_path)
+    policy = SitePolicy.read(policy_path)
     home = policy.open_home()
     if warning := link.check_files():
         _log.warning("%s", warning)
@@ -230,13 +230,28 @@ def _choose_stock(policy: SitePolicy, *, stock: bool, any_code: bool) -> bool:
 
 
 def _require_own_file(path: Path) -> None:
+    """Require a policy that nobody but this user, or root, can change or put another in place of.
+
+    Raises
+    ------
+    DeploymentError
+    """
     import os
 
-    if os.name == "posix" and path.stat().st_mode & 0o022:
+    if os.name != "posix" or not path.exists():
+        return
+    found, folder = path.stat(), path.resolve().parent.stat()
+    words = f"the policy {path.name!r}: they would decide what leaves this site"
+    if found.st_mode & 0o022:
+        raise DeploymentError(f"others may write to {words}", hint=f"chmod go-w {path.name}")
+    if found.st_uid not in (0, os.geteuid()):
         raise DeploymentError(
-            f"others may write to the policy {path.name!r}: they would decide what leaves"
-            " this site",
-            hint=f"chmod go-w {path.name}",
+            f"another user owns {words}", hint=f"chown it to root, or to this user: {path.name}"
+        )
+    # In a sticky folder, such as /tmp, others may add files, and not rename this one.
+    if folder.st_mode & 0o002 and not folder.st_mode & 0o1000:
+        raise DeploymentError(
+            f"others may rename files in the folder of {words}", hint="chmod o-w the folder"
         )
 
 

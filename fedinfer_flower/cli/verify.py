@@ -22,7 +22,8 @@ def verify(
 ) -> None:
     """Check a receipt, and say who could have learnt what; or check an audit log.
 
-    Exit status 1 if a check fails, 2 if the file is neither.
+    A file may hold several receipts, as a gateway gives for a large query in clear: each is
+    checked. Exit status 1 if a check fails, 2 if the file is neither.
 
     Example: fedinfer verify receipt.json --pins pins.toml
 
@@ -75,6 +76,7 @@ def _verify_audit_log(file: Path, *, head: str, as_json: bool) -> None:
 
 
 def _verify_receipt(file: Path, *, pins: Path | None, coordinator: str, as_json: bool) -> None:
+    from fedinfer_flower.receipts.bundle import receipts_of
     from fedinfer_flower.receipts.receipt import MAX_RECEIPT_BYTES
     from fedinfer_flower.receipts.verification import verify as verify_bytes
     from fedinfer_flower.wire.pins import read_pins
@@ -90,18 +92,22 @@ def _verify_receipt(file: Path, *, pins: Path | None, coordinator: str, as_json:
             f"the receipt {file.name!r} cannot be read: {type(exc).__name__}",
             hint="give the path of a file",
         ) from None
-    found = verify_bytes(
-        data,
-        pins=None if pinned is None else pinned.sites,
-        # A pin file without queriers says nothing about them.
-        queriers=pinned.queriers if pinned is not None and pinned.queriers else None,
-        coordinator_key_id=coordinator or None,
-    )
-    if as_json:
-        typer.echo(json.dumps(found.to_dict()))
-    else:
-        _show(found.to_dict())
-    if not found.ok:
+    found = [
+        verify_bytes(
+            part,
+            pins=None if pinned is None else pinned.sites,
+            # A pin file without queriers says nothing about them.
+            queriers=pinned.queriers if pinned is not None and pinned.queriers else None,
+            coordinator_key_id=coordinator or None,
+        )
+        for part in receipts_of(data)
+    ]
+    for one in found:
+        if as_json:
+            typer.echo(json.dumps(one.to_dict()))
+        else:
+            _show(one.to_dict())
+    if not all(one.ok for one in found):
         raise typer.Exit(1)
 
 

@@ -237,7 +237,13 @@ def _source_of(policy_file: Path) -> AppSource:
 
     policy = SitePolicy.read(policy_file)
     for name in policy.code.preload:
-        importlib.import_module(name)
+        try:
+            importlib.import_module(name)
+        except Exception as exc:
+            raise ConfigError(
+                f"[code] preload: {name!r} cannot be imported ({type(exc).__name__})",
+                hint="install it in the environment of the site",
+            ) from None
     if policy.code.app == "fab":
         return ListedFabs(policy.code.fab_hashes)
     from fedinfer_flower.clients.site_app import site_app

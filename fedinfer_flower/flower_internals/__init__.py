@@ -15,15 +15,45 @@ everything that needs them stays optional: sites and coordinators run on stock F
 `node_routes`      the SuperNode's three HTTP routes for the worker
 `polling`          how long to pause between looks
 `warm_node`        `flower-supernode` with all of that put in
+`lean_grid`        Flower's grid with fewer requests
+`derived`          objects of a message that its receiver rebuilds
 `fab_app`          the ClientApp of an app bundle
 =================  =======================================================================
 
 Importing this module imports nothing of Flower.
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 from fedinfer_flower.flower_internals.guard import KNOWN_FLOWER, require_flower
 
-__all__ = ["KNOWN_FLOWER", "require_flower", "shorten_pull_backoff"]
+if TYPE_CHECKING:
+    from flwr.serverapp import Grid
+
+__all__ = ["KNOWN_FLOWER", "lean_grid", "require_flower", "shorten_pull_backoff"]
+
+
+def lean_grid(grid: Grid) -> Grid:
+    """Return a grid that needs fewer requests; the given one, if it is not Flower's HTTP grid.
+
+    Parameters
+    ----------
+    grid : Grid
+        Nobody else may call it from now on.
+
+    Raises
+    ------
+    DeploymentError
+        If this is not the Flower whose internals are known.
+    """
+    require_flower()
+    from flwr.superlink.grid.http_grid import HttpGrid
+
+    from fedinfer_flower.flower_internals.lean_grid import LeanGrid
+
+    return LeanGrid(grid) if type(grid) is HttpGrid else grid
 
 
 def shorten_pull_backoff(*, initial_s: float = 0.01, cap_s: float = 0.25) -> None:

@@ -45,6 +45,7 @@ __all__ = ["DeskLimits", "NodeDesk"]
 
 _OUTDATED: Final = "the site did not answer within the message's time"
 _UNCLAIMED: Final = "no worker takes tasks at this site"
+_NO_AGENTS: Final = "this site serves no agents"
 _LOST: Final = "the site's worker was lost while it answered"
 _acquire = runtime_handlers.acquire_task  # the stock one: `warm_node` puts a gate before it
 
@@ -216,7 +217,10 @@ class NodeDesk:
             self._changed.notify_all()
             try:
                 while not self._closed and not _has_reply(state):
-                    if words := self._why_to_end(deadline):
+                    words = self._why_to_end(deadline)
+                    if self._claim is None and _is_for_an_agent(state):
+                        words = _NO_AGENTS
+                    if words:
                         _end_with_error(message, state, words)
                         return
                     tick()
@@ -292,6 +296,12 @@ def _objects(state: InMemoryNodeState, task: Task, found: PullAppMessagesRespons
     confirmed = ConfirmMessageReceivedRequest(message_object_id=tree.object_id)
     runtime_handlers.confirm_message_received(confirmed, state, task)
     return contents
+
+
+def _is_for_an_agent(state: InMemoryNodeState) -> bool:
+    """Return whether the task that waits is one that no worker of a site takes."""
+    waiting = state.get_tasks(statuses=[Status.PENDING])
+    return bool(waiting) and all(task.type != TaskType.CLIENT_APP for task in waiting)
 
 
 def _has_reply(state: InMemoryNodeState) -> bool:

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Final
 
 __all__ = ["Polling", "bounded_s"]
 
@@ -22,6 +23,10 @@ def bounded_s(ttl_s: float, *, most_s: float) -> float:
         return 0.0
     # Not `min`: a time that is no number would be longer than any.
     return ttl_s if ttl_s <= most_s else most_s
+
+
+_LOOKS: Final = 3.0
+"""Pauses are at least so many times as long as a look: all sites share one SuperLink."""
 
 
 @dataclass(kw_only=True)
@@ -53,14 +58,20 @@ class Polling:
     calm_after_s: float = 30.0
     clock: Callable[[], float] = time.monotonic
     _last: float = field(default=-math.inf, init=False)
+    _look_s: float = field(default=0.0, init=False)
 
     def traffic(self) -> None:
         """Note that a message came."""
         self._last = self.clock()
+
+    def looked(self, seconds: float) -> None:
+        """Note how long a look took: a busy SuperLink is asked less often."""
+        self._look_s += 0.25 * (seconds - self._look_s)
 
     def pause_s(self) -> float:
         """Return the seconds until the next look."""
         share = (self.clock() - self._last) / self.calm_after_s
         if share >= 1.0:
             return self.most_s
-        return float(self.least_s * (self.most_s / self.least_s) ** share)
+        pause_s = float(self.least_s * (self.most_s / self.least_s) ** share)
+        return min(max(pause_s, _LOOKS * self._look_s), self.most_s)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from types import SimpleNamespace
 from typing import Any, Final, Protocol, cast
 
@@ -21,12 +24,15 @@ from flwr.supernode.nodestate.in_memory_nodestate import InMemoryNodeState
 from flwr.supernode.servicer.runtime import runtime_handlers
 
 from fedinfer_flower.flower_internals.beating import beat_often
+from fedinfer_flower.flower_internals.derived import derived_objects
 from fedinfer_flower.flower_internals.node_desk import NodeDesk
 from fedinfer_flower.flower_internals.node_routes import App, TaskRoutes
 from fedinfer_flower.flower_internals.polling import Polling
 from fedinfer_flower.flower_internals.pulling import shorten
 
 __all__ = ["NodeWatch", "run_warm_node"]
+
+log = logging.getLogger("fedinfer_flower.site")
 
 _stock_acquire = runtime_handlers.acquire_task
 _stock_create_app = runtime_main.create_app
@@ -59,6 +65,8 @@ class _WarmLoop:
         self._polling = polling
         self._watch = watch
         self._message: Message | None = None
+        self._unconfirmed: Callable[[], object] | None = None
+        self._behind = ThreadPoolExecutor(1, thread_name_prefix="fedinfer-confirm")
 
     def sleep(self, seconds: float) -> None:
         self._watch.alive(_STEP_S)
@@ -67,16 +75,33 @@ class _WarmLoop:
     def pull(self, **parts: Any) -> int | None:
         """Pull one message whole; no task is handed out meanwhile."""
         receive = cast("Callable[[], tuple[Message, ObjectTree] | None]", parts["receive"])
+        confirm, pull_object = parts["confirm_message_received"], parts["pull_object"]
+        known: dict[str, bytes] = {}
         self._message = None
 
         def noting() -> tuple[Message, ObjectTree] | None:
+            begun = time.monotonic()
             received = receive()
+            self._polling.looked(time.monotonic() - begun)
             if received is not None:
                 self._message = received[0]
+                known.update(derived_objects(*received))
             return received
 
+        def pull_unknown(run_id: int, object_id: str) -> bytes:
+            content = known.get(object_id)
+            return pull_object(run_id, object_id) if content is None else content
+
+        def confirm_later(run_id: int, message_id: str) -> None:
+            self._unconfirmed = partial(confirm, run_id, message_id)
+
         self._watch.alive(_SUPERLINK_AWAY_S)
-        run_id = _stock_pull(**(parts | {"receive": noting}))
+        changed = {
+            "receive": noting,
+            "pull_object": pull_unknown,
+            "confirm_message_received": confirm_later,
+        }
+        run_id = _stock_pull(**(parts | changed))
         if run_id is not None:
             self._polling.traffic()
         return run_id
@@ -88,9 +113,20 @@ class _WarmLoop:
             self._desk.wait_for_reply(self._message, state, tick=lambda: self._watch.alive(_STEP_S))
         self._watch.alive(_SUPERLINK_AWAY_S)
         _stock_push(state=state, **parts)
+        if self._unconfirmed is not None:
+            # Whoever sent the message may have been uploading the rest of it until now.
+            self._behind.submit(_calmly, self._unconfirmed)
+            self._unconfirmed = None
         _forget_finished_tasks(state)
         self._watch.done()
         self._polling.traffic()
+
+
+def _calmly(work: Callable[[], object]) -> None:
+    try:
+        work()
+    except Exception as exc:
+        log.debug("a confirmation failed (%s)", type(exc).__name__)
 
 
 def _forget_finished_tasks(state: InMemoryNodeState) -> None:

@@ -20,6 +20,7 @@ from fedinfer_flower.errors import (
 )
 from fedinfer_flower.querier.gateway_wire import error_of, json_object
 from fedinfer_flower.query import MAX_CLASSES, Prediction
+from fedinfer_flower.receipts.bundle import receipts_of
 from fedinfer_flower.receipts.verification import Verification, verify
 from fedinfer_flower.wire import fields
 from fedinfer_flower.wire.pins import Pins
@@ -296,11 +297,12 @@ def _probabilities(rows: list[Any], n_classes: int) -> np.ndarray[Any, np.dtype[
 def check_receipt(
     receipt: bytes, *, pins: Pins | None, sealed: SealedJob | None = None, querier: str = ""
 ) -> Verification:
-    """Verify a receipt, and that it is one of this job.
+    """Verify a receipt, and of a sealed job that it is one of this job.
 
     Parameters
     ----------
     receipt : bytes
+        Of a query in clear perhaps several: the checks of all are returned, and the first.
     pins : Pins, optional
         Without them nothing says whose the signing keys are.
     sealed : SealedJob, optional
@@ -315,9 +317,13 @@ def check_receipt(
     ProtocolError
         If it is no receipt.
     """
-    checks = verify(receipt, pins=pins.sites if pins is not None else None)
-    checks.require_ok()
-    found = checks.receipt
+    # In clear the gateway may have asked in several batches, each with a receipt.
+    parts = receipts_of(receipt) if sealed is None else (receipt,)
+    verified = [verify(part, pins=pins.sites if pins is not None else None) for part in parts]
+    for one in verified:
+        one.require_ok()
+    found = verified[0].receipt
+    checks = Verification(receipt=found, checks=tuple(c for one in verified for c in one.checks))
     if sealed is not None:
         asked = {
             "job": (sealed.job_id, found.job_id),

@@ -47,6 +47,7 @@ _LOG: Final = logging.getLogger("fedinfer_flower.access")
 _ROUTES: Final = ("query", "models", "health", "openai_chat", "openai_responses", "dashboard")
 _BODIES_AT_A_TIME: Final = 32
 _MAX_DIGITS: Final = 16
+_SHORT_BYTES: Final = 16 << 10
 _HEADERS: Final = {
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
@@ -183,7 +184,7 @@ class Guard:
             timeout_s=self._limits.body_timeout_s,
             room=self._room,
         )
-        has_body = "transfer-encoding" in headers or headers.get("content-length", "0") != "0"
+        cut = _is_cut(headers)
 
         async def answer(message: Message) -> None:
             nonlocal status
@@ -193,7 +194,7 @@ class Guard:
                 for name, value in self._headers.items():
                     shown.setdefault(name, value)
                 shown.setdefault("Cache-Control", "no-store")
-                if has_body and not body.whole:
+                if (cut or status == 408) and not body.whole:
                     # Nobody will read the rest of the body.
                     shown["Connection"] = "close"
                 body.release()
@@ -275,6 +276,17 @@ class Guard:
 
 
 _METHODS: Final = frozenset({"GET", "HEAD", "POST", "DELETE", "OPTIONS", "PUT", "PATCH"})
+
+
+def _is_cut(headers: Headers) -> bool:
+    """Whether the connection is closed if this body is not read to its end.
+
+    One that is short is let come, and dropped: a client whose data meet a closed connection
+    may lose the response as well, and never learn why it was refused.
+    """
+    length = headers.get("content-length", "0")
+    short = length.isascii() and length.isdigit() and len(length) < _MAX_DIGITS
+    return "transfer-encoding" in headers or not short or int(length) > _SHORT_BYTES
 
 
 def _internal(path: str, exc: BaseException) -> Response:

@@ -55,8 +55,19 @@ def main(grid: Grid, context: Context) -> None:
     configure_json_logs()
     configure_tracing(service="fedinfer-gateway")
     _shorten_backoff()
+    grid = _lean(grid)
     with _told_to_end() as told:
         serve(GatewayConfig.read(path), grid, run_id=context.run_id, told_to_end=told.is_set)
+
+
+def _lean(grid: Grid) -> Grid:
+    try:
+        from fedinfer_flower.flower_internals import lean_grid
+
+        return lean_grid(grid)
+    except (ImportError, AttributeError, DeploymentError) as exc:
+        _LOG.warning("the SuperLink is asked more often than need be: %s", type(exc).__name__)
+        return grid
 
 
 def serve(

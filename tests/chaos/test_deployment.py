@@ -75,7 +75,8 @@ class Federation:
             models=MODELS,
             gateway=f'ledger = "sqlite:///{folder}/ledger.db"\n',
         )
-        self.deployment.processes.environment["PYTHONPATH"] = str(folder)
+        paths = filter(None, (str(folder), os.environ.get("PYTHONPATH")))
+        self.deployment.processes.environment["PYTHONPATH"] = os.pathsep.join(paths)
         self.folder = folder
         self.accepted: dict[str, dict] = {}
         self.row = 0

@@ -201,3 +201,18 @@ def test_events_of_a_reader_that_left_are_let_go(board, keys, key, serving, tmp_
             time.sleep(0.05)
         assert board.n_listeners() == 0
         board.finish(job_id)
+
+
+def test_refusal_arrives_though_a_short_body_comes_after_it(app, config, serving):
+    """A connection that is closed on arriving data is reset, and the refusal lost with it."""
+    with serving(app, config) as server:
+        address = ("127.0.0.1", server.port)
+        with contextlib.closing(socket.create_connection(address, timeout=10)) as sock:
+            sock.sendall(post("nonsense", b"Content-Length: %d" % len(BODY)))
+            first = sock.recv(65536)
+            sock.sendall(BODY)
+            sock.sendall(b"GET /health HTTP/1.1\r\nHost: gw\r\nConnection: close\r\n\r\n")
+            while part := sock.recv(65536):
+                first += part
+    assert first.startswith(b"HTTP/1.1 401")
+    assert b"HTTP/1.1 200 OK" in first

@@ -12,14 +12,20 @@ from types import SimpleNamespace
 
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.supercore.constant import TaskType
+from flwr.supercore.fab import Fab
+from flwr.supercore.object_store import ObjectStoreFactory
+from flwr.supernode.nodestate import NodeStateFactory
 
 from fedinfer_flower.clients import language_state, model_cache, policy_gate
 from fedinfer_flower.clients.app_source import Bundle, ListedFabs
+from fedinfer_flower.clients.policy_tables import LimitRules
+from fedinfer_flower.clients.rate_guard import RateGuard
 from fedinfer_flower.clients.worker import _Runs
 from fedinfer_flower.clients.worker_reply import safe_reply
 from fedinfer_flower.errors import DeploymentError, PolicyRefusedError
 from fedinfer_flower.flower_internals.fab_app import app_of_fab
-from fedinfer_flower.flower_internals.local_wire import over_the_wire
+from fedinfer_flower.flower_internals.local_wire import over_the_wire, take_identity
 from fedinfer_flower.flower_internals.node_desk import DeskLimits, NodeDesk
 from fedinfer_flower.flower_internals.polling import bounded_s
 from fedinfer_flower.wire import messages
@@ -31,7 +37,9 @@ from fedinfer_flower.wire.actions import (
     message_type,
 )
 from fedinfer_flower.wire.envelope import Envelope, Kind
+from fedinfer_flower.wire.identity import Identity
 from fedinfer_flower.wire.records import unpack
+from fedinfer_flower.wire.sealed_query import seal_question, sealed_query_envelope
 from fedinfer_flower.wire.stack_messages import STACK_ACTIONS, TRAIN_ACTION
 
 NODE = 1000
@@ -211,7 +219,10 @@ def test_supernode_does_not_wait_for_ever_for_a_model_that_never_ends(ttl, monke
     now = [0.0]
     desk = NodeDesk(limits=DeskLimits(task_s=5.0), clock=lambda: now[0])
     state = SimpleNamespace(
-        lock_msg_store=threading.Lock(), msg_store={}, object_store=SimpleNamespace()
+        lock_msg_store=threading.Lock(),
+        msg_store={},
+        object_store=SimpleNamespace(),
+        get_tasks=lambda **_: [],
     )
     message = SimpleNamespace(metadata=SimpleNamespace(ttl=ttl))
 
@@ -231,6 +242,27 @@ def test_reply_to_a_message_with_an_odd_time_to_live_can_be_sent(make_site, ttl)
     safe = safe_reply(message, site.context, lambda: site.app)
     assert safe.reply.request.messages_list
     assert over_the_wire(safe.reply.message)[1] > 0
+
+
+def test_message_of_an_agents_run_does_not_block_the_site_until_its_time_is_up():
+    """Its task is of a type that no worker of a site takes, however often it asks."""
+    take_identity(run_id=7)
+    state = NodeStateFactory(ObjectStoreFactory()).state()
+    state.set_node_id(NODE)
+    message = Message(RecordDict(), NODE, "query.agent", ttl=3600.0)
+    message.metadata.__dict__["_message_id"] = message.object_id
+    state.create_task(TaskType.AGENT_APP, 7, state.store_fab(Fab("", b"x", {})))
+    now = [0.0]
+    desk = NodeDesk(clock=lambda: now[0])
+
+    def tick() -> None:
+        now[0] += 1.0
+        assert now[0] < 60.0, "blocks the site"
+        assert desk.take(state, worker="w", pinned="", with_fab=False, wait_s=0.0) is None
+
+    desk.wait_for_reply(message, state, tick=tick)
+    (reply,) = state.get_messages_legacy(is_reply=True)
+    assert reply.has_error()
 
 
 # -- thousands of runs ---------------------------------------------------------------------
@@ -281,6 +313,28 @@ def test_greetings_of_any_number_of_runs_are_remembered_in_bounded_memory(make_s
     assert len(gate._greeted) == 50
 
 
+# -- the same again ------------------------------------------------------------------------
+
+
+def test_query_is_answered_once_whatever_run_it_comes_in(make_site, ward):
+    site = make_site()
+    question = site.question()
+    sealed = site.sealed(question)
+    assert site.send(sealed, PREDICT).kind is Kind.ANSWER
+    assert site.refusal(site.send(sealed, PREDICT)).code == "FI313"
+    old = site.run_id
+    site.run_id = site.context.run_id = old + 1
+    # As it was: the message says which run it belongs to, in clear and under the seal.
+    assert site.send(sealed, PREDICT).kind is Kind.ERROR
+    relabelled = dataclasses.replace(sealed, run_id=site.run_id)
+    assert site.send(relabelled, PREDICT).kind is Kind.ERROR
+    # Sealed anew by its querier, in another run and another process: the home remembers.
+    model_cache.clear()
+    policy_gate._gates.cache_clear()
+    assert site.refusal(site.send(site.sealed(question), PREDICT)).code == "FI313"
+    assert len(ward.shown) == 1
+
+
 # -- the audit log while the site runs -----------------------------------------------------
 
 
@@ -317,3 +371,58 @@ def test_log_that_is_deleted_or_set_back_while_in_use_stops_the_site(make_site, 
     for content in (early, b""):
         log.write_bytes(content)
         assert site.refusal(site.send(site.sealed(question), PREDICT)).code == "FI323"
+
+
+# -- what else lies in the home ------------------------------------------------------------
+
+
+def test_pins_in_the_home_do_not_widen_the_policy(make_site, ward, tmp_path):
+    site = make_site()
+    question = site.question()
+    stranger = Identity.generate()
+    for folder in (tmp_path, tmp_path / "state"):
+        (folder / "pins.toml").write_text(f'[queriers]\nme = "{stranger.key_id}"\n')
+    asked = dataclasses.replace(question, querier=stranger.public)
+    body = seal_question(asked, identity=stranger, run_id=site.run_id)
+    sealed = sealed_query_envelope(body, query_id=asked.query_id, run_id=site.run_id)
+    assert site.refusal(site.send(sealed, PREDICT)).code == "FI311"
+    assert not ward.shown
+    assert site.ask().kind is Kind.ANSWER
+
+
+def test_home_that_is_put_away_while_the_site_runs_is_not_begun_afresh(make_site, tmp_path):
+    """Else whoever can rename it would set every counter back to zero."""
+    site = make_site(limits={"rows-per-day": 2})
+    assert site.ask().kind is Kind.ANSWER
+    question = site.question()
+    (tmp_path / "state").rename(tmp_path / "before")
+    (tmp_path / "other").mkdir(mode=0o700)
+    (tmp_path / "state").symlink_to(tmp_path / "other")
+    assert site.send(site.sealed(question), PREDICT).kind is Kind.ERROR
+
+
+@pytest.mark.parametrize("step_s", [-3600.0, -86_400.0, -10 * 86_400.0])
+def test_clock_that_is_set_back_wins_no_room(tmp_path, step_s):
+    now = [1_700_000_000.0]
+    limits = LimitRules(rows_per_day=10, queries_per_minute=2)
+    guard = RateGuard(tmp_path / "limits.sqlite", limits, clock=lambda: now[0])
+    guard.count(querier="a", query_id="1", n_rows=5)
+    guard.count(querier="a", query_id="2", n_rows=5)
+    now[0] += step_s
+    for name, rows in (("3", 0), ("4", 1)):
+        with pytest.raises(PolicyRefusedError):
+            guard.count(querier="a", query_id=name, n_rows=rows)
+
+
+@pytest.mark.parametrize("second", [-1, 0, 1])
+def test_no_day_that_begins_at_midnight_has_two_limits(tmp_path, second):
+    midnight = 1_700_006_400.0
+    now = [midnight - 1.0]
+    guard = RateGuard(tmp_path / "limits.sqlite", LimitRules(rows_per_day=10), clock=lambda: now[0])
+    guard.count(querier="a", query_id="1", n_rows=10)
+    now[0] = midnight + second
+    with pytest.raises(PolicyRefusedError):
+        guard.count(querier="a", query_id="2", n_rows=1)
+    now[0] = midnight + 23.9 * 3600
+    with pytest.raises(PolicyRefusedError):
+        guard.count(querier="a", query_id="3", n_rows=1)

@@ -19,11 +19,13 @@ from flwr.supercore.object_store import ObjectStoreFactory
 from flwr.supernode.main import create_app
 from flwr.supernode.nodestate import NodeStateFactory
 
+from fedinfer_flower.cli.site import run_site
 from fedinfer_flower.cli.site_children import Link, RuntimeAddress, site_children
 from fedinfer_flower.clients.policy import SitePolicy
 from fedinfer_flower.clients.warm_supernode import check_arguments
+from fedinfer_flower.clients.worker import _source_of
 from fedinfer_flower.clients.worker_key import read_or_make_key
-from fedinfer_flower.errors import DeploymentError, UnavailableError
+from fedinfer_flower.errors import ConfigError, DeploymentError, UnavailableError
 from fedinfer_flower.flower_internals import task_desk
 from fedinfer_flower.flower_internals.local_wire import take_identity
 from fedinfer_flower.flower_internals.node_desk import NodeDesk
@@ -300,3 +302,43 @@ def test_arguments_that_undo_others_are_refused(arguments):
     # argparse takes the last of several, and what a word begins with for the word.
     with pytest.raises(DeploymentError):
         check_arguments(arguments)
+
+
+def test_policy_that_others_can_replace_is_refused(tmp_path):
+    folder = tmp_path / "shared"
+    folder.mkdir()
+    path = folder / "site.toml"
+    path.write_text("[site]\n")
+    path.chmod(0o600)
+    link = Link(address="127.0.0.1:9", insecure=True)
+    folder.chmod(0o777)
+    with pytest.raises(DeploymentError, match="rename files"):
+        run_site(path, link=link)
+    folder.chmod(0o1777)  # as /tmp is: now it is read
+    with pytest.raises(ConfigError, match="lacks 'name'"):
+        run_site(path, link=link)
+    path.chmod(0o620)
+    with pytest.raises(DeploymentError, match="others may write"):
+        run_site(path, link=link)
+
+
+@pytest.mark.skipif(not POSIX_ROOT, reason="only root can give a file away")
+def test_policy_of_another_user_is_refused(tmp_path):
+    path = tmp_path / "site.toml"
+    path.write_text("[site]\n")
+    path.chmod(0o600)
+    os.chown(path, 12345, 12345)
+    with pytest.raises(DeploymentError, match="another user owns"):
+        run_site(path, link=Link(address="127.0.0.1:9", insecure=True))
+
+
+def test_preload_that_is_not_installed_says_so(tmp_path):
+    path = tmp_path / "site.toml"
+    path.write_text(
+        f'[site]\nname = "n"\nhome = "{tmp_path}/state"\n'
+        '[model]\nloader = "json:loads"\n'
+        '[answers]\nprotections = ["plain"]\nanyone = true\n'
+        '[code]\npreload = ["no_such_module"]\n'
+    )
+    with pytest.raises(ConfigError, match=r"\[code\] preload: 'no_such_module'"):
+        _source_of(path)

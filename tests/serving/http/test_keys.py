@@ -347,7 +347,7 @@ def test_body_is_not_read_before_the_key_is_known(app):
         "raw_path": b"/v1/query",
         "query_string": b"",
         "root_path": "",
-        "headers": [(b"content-length", b"1000"), (b"content-type", b"application/json")],
+        "headers": [(b"content-length", b"100000"), (b"content-type", b"application/json")],
         "client": ("192.0.2.1", 1),
         "server": ("gw", 80),
         "scheme": "http",
