@@ -13,11 +13,12 @@ everything that needs them stays optional: sites and coordinators run on stock F
 `task_desk`        the worker's side: take a task, give the reply
 `node_desk`        the SuperNode's side: hand out a task, wait for its reply, bounded
 `node_routes`      the SuperNode's three HTTP routes for the worker
-`polling`          how long to pause between looks
+`node_key`         how the two show each other that they have one key
+`polling`          how long to pause between looks, and how long to wait at most
 `warm_node`        `flower-supernode` with all of that put in
 `lean_grid`        Flower's grid with fewer requests
 `derived`          objects of a message that its receiver rebuilds
-`fab_app`          the ClientApp of an app bundle
+`fab_app`          the ClientApp of an app bundle, and its run config
 =================  =======================================================================
 
 Importing this module imports nothing of Flower.

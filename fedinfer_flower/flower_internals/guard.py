@@ -145,6 +145,7 @@ INTERNALS: Final = (
     _internal("flwr.supernode.main", "create_app", "state_factory superexec_auth_secret"),
     _internal(_LOOP, "time.sleep"),
     _internal(_LOOP, "_insert_message", "msg state store"),
+    _internal(_LOOP, "get_fused_config_from_fab", "fab_file run"),
     _internal(
         _LOOP,
         "_pull_and_store_message",

@@ -25,6 +25,7 @@ from flwr.supernode.servicer.runtime import runtime_handlers
 
 from fedinfer_flower.flower_internals.beating import beat_often
 from fedinfer_flower.flower_internals.derived import derived_objects
+from fedinfer_flower.flower_internals.fab_app import run_config_of
 from fedinfer_flower.flower_internals.node_desk import NodeDesk
 from fedinfer_flower.flower_internals.node_routes import App, TaskRoutes
 from fedinfer_flower.flower_internals.polling import Polling
@@ -183,6 +184,7 @@ def run_warm_node(
     internals.time = SimpleNamespace(sleep=loop.sleep)
     internals._pull_and_store_message = loop.pull
     internals._push_messages = loop.push
+    internals.get_fused_config_from_fab = run_config_of
     handlers: Any = runtime_handlers
     handlers.acquire_task = gated_acquire
     main: Any = runtime_main

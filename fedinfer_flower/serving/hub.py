@@ -32,6 +32,10 @@ _T = TypeVar("_T")
 
 _POLL_MIN_S: Final = 0.005
 _POLL_MAX_S: Final = 0.05
+_FIRST_LOOK: Final = 0.7
+_FIRST_LOOK_MAX_S: Final = 0.5
+"""The first look for a reply comes after this share of what the quickest of late took."""
+
 _CALL_S: Final = 30.0
 _TRIES: Final = 3
 _GRACE_S: Final = 5.0
@@ -42,7 +46,8 @@ class _Awaited:
     """A message that was pushed and has no reply yet."""
 
     owner: HubGrid
-    until: float  # by the monotonic clock
+    pushed_at: float  # by the monotonic clock, as all times here
+    until: float
     failures: int = 0
 
 
@@ -73,6 +78,7 @@ class GridHub:
         self._failing_since: float | None = None
         self._busy_since: float | None = None
         self._single = False
+        self._took_s: deque[float] = deque(maxlen=16)
         self._facades: weakref.WeakSet[HubGrid] = weakref.WeakSet()
         self._thread = threading.Thread(target=self._run, name="fedinfer-hub", daemon=True)
 
@@ -150,7 +156,7 @@ class GridHub:
                 message_id = message.metadata.message_id
                 if message_id in known:
                     until = now + message.metadata.ttl + _GRACE_S
-                    self._awaited[message_id] = _Awaited(owner=owner, until=until)
+                    self._awaited[message_id] = _Awaited(owner=owner, pushed_at=now, until=until)
             return accepted
 
         return self.call(work)
@@ -174,16 +180,24 @@ class GridHub:
                     break
                 calls = list(self._calls)
                 self._calls.clear()
+            before = set(self._awaited)
             for work, done in calls:
                 self._serve(work, done)
-            if calls:
-                pause_s = _POLL_MIN_S
-                next_pull = min(next_pull, time.monotonic() + pause_s)
+            if self._awaited.keys() - before:
+                # A look that comes before the reply is a request for nothing.
+                pause_s, first = _POLL_MIN_S, time.monotonic() + self._first_look_s()
+                next_pull = min(next_pull, first) if before else first
             if self._awaited and time.monotonic() >= next_pull:
+                begun = time.monotonic()
                 pause_s = _POLL_MIN_S if self._pull() else min(1.5 * pause_s, _POLL_MAX_S)
-                next_pull = time.monotonic() + pause_s
+                # A SuperLink that is slow to answer is asked less often.
+                next_pull = time.monotonic() + max(pause_s, 0.5 * (time.monotonic() - begun))
         for _, done in self._calls:
             done.cancel()
+
+    def _first_look_s(self) -> float:
+        usual_s = min(self._took_s, default=_POLL_MIN_S)
+        return min(max(_FIRST_LOOK * usual_s, _POLL_MIN_S), _FIRST_LOOK_MAX_S)
 
     def _serve(self, work: Callable[[], Any], done: Future[Any]) -> None:
         if not done.set_running_or_notify_cancel():
@@ -237,6 +251,7 @@ class GridHub:
             awaited = self._awaited.pop(message_id, None)
             if awaited is not None:
                 came = True
+                self._took_s.append(time.monotonic() - awaited.pushed_at)
                 awaited.owner.take(message_id, reply)
         return came
 

@@ -32,6 +32,9 @@ __all__ = ["Member", "Membership"]
 log = logging.getLogger("fedinfer_flower.gateway")
 
 _TICK_S: Final = 0.5
+_LIST_S: Final = 2.0
+"""Between two looks at who is online, once somebody is: it changes seldom."""
+
 _ASKING_TICK_S: Final = 0.02
 _AGAIN_S: Final = 180.0
 _PING_S: Final = 15.0
@@ -231,7 +234,7 @@ class Membership:
                     return
                 asking = any(m.message_id for m in self._members.values())
             try:
-                self._tick(list_nodes=not asking or self._is_time())
+                self._tick(list_nodes=self._is_time(asking=asking))
             except FedInferError as exc:
                 log.warning("membership: %s", exc.code)
             except Exception as exc:  # of Flower's transport; the hub counts how long
@@ -244,8 +247,10 @@ class Membership:
                 )
                 self._nudged = False
 
-    def _is_time(self) -> bool:
-        return time.monotonic() - self._listed_at >= _TICK_S
+    def _is_time(self, *, asking: bool) -> bool:
+        every_s = _LIST_S if self.cards() else _TICK_S
+        since_s = time.monotonic() - self._listed_at
+        return since_s >= every_s or (not asking and self._refreshing)
 
     def _tick(self, *, list_nodes: bool) -> None:
         before = self._shown()

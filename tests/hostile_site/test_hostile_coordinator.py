@@ -12,9 +12,11 @@ from types import SimpleNamespace
 
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.common.config import get_fused_config_from_fab
 from flwr.supercore.constant import TaskType
 from flwr.supercore.fab import Fab
 from flwr.supercore.object_store import ObjectStoreFactory
+from flwr.supercore.run import Run
 from flwr.supernode.nodestate import NodeStateFactory
 
 from fedinfer_flower.clients import language_state, model_cache, policy_gate
@@ -24,7 +26,7 @@ from fedinfer_flower.clients.rate_guard import RateGuard
 from fedinfer_flower.clients.worker import _Runs
 from fedinfer_flower.clients.worker_reply import safe_reply
 from fedinfer_flower.errors import DeploymentError, PolicyRefusedError
-from fedinfer_flower.flower_internals.fab_app import app_of_fab
+from fedinfer_flower.flower_internals.fab_app import app_of_fab, run_config_of
 from fedinfer_flower.flower_internals.local_wire import over_the_wire, take_identity
 from fedinfer_flower.flower_internals.node_desk import DeskLimits, NodeDesk
 from fedinfer_flower.flower_internals.polling import bounded_s
@@ -146,7 +148,7 @@ def test_run_config_reaches_neither_the_loader_nor_the_home(make_site, ward, tmp
 
 def bundle_with(files: dict[str, str]) -> bytes:
     body = io.BytesIO()
-    with zipfile.ZipFile(body, "w") as archive:
+    with zipfile.ZipFile(body, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, text in files.items():
             archive.writestr(name, text)
     return body.getvalue()
@@ -186,6 +188,30 @@ def test_name_that_the_superlink_gives_a_listed_bundle_leads_nowhere_else(
     with pytest.raises(BaseException):  # noqa: B017, PT011  click's errors among them
         app_of_fab(content, fab_id=fab_id, fab_version="1", fab_hash=digest)
     assert not marker.exists()
+
+
+BUNDLES = {
+    "no zip": b"no zip",
+    "no settings": bundle_with({"other.py": ""}),
+    "no toml": bundle_with({"pyproject.toml": "= ["}),
+    "not an app": bundle_with({"pyproject.toml": "[project]\n"}),
+    "deep": bundle_with({"pyproject.toml": "a = " + "[" * 100_000}),
+    "bomb": bundle_with({"pyproject.toml": "#" * (64 << 20)}),
+}
+
+
+@pytest.mark.parametrize("name", BUNDLES)
+def test_supernode_outlives_a_bundle_that_cannot_be_read(name):
+    run = Run.create_empty(7)
+    assert run_config_of(BUNDLES[name], run) == {}
+
+
+def test_run_config_of_a_good_bundle_is_read_as_flower_reads_it():
+    settings = EVIL_APP.replace("[project]", '[project]\nlicense = {text = "x"}')
+    content = bundle_with({"pyproject.toml": settings + "[tool.flwr.app.config]\na = 1\n"})
+    run = Run.create_empty(7)
+    run.override_config = {"a": 2}
+    assert run_config_of(content, run) == get_fused_config_from_fab(content, run) == {"a": 2}
 
 
 EVIL_APP = """
