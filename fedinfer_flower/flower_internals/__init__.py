@@ -11,6 +11,7 @@ everything that needs them stays optional: sites and coordinators run on stock F
 `local_wire`       Flower's wire format in one process, for `simulation.LocalGrid`
 `task_frames`      how worker and warm SuperNode pass a task in one request
 `task_desk`        the worker's side: take a task, give the reply
+`node_client`      a worker's requests to its SuperNode
 `node_desk`        the SuperNode's side: hand out a task, wait for its reply, bounded
 `node_routes`      the SuperNode's three HTTP routes for the worker
 `node_key`         how the two show each other that they have one key

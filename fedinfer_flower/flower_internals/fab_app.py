@@ -7,15 +7,12 @@ import logging
 import zipfile
 from io import BytesIO
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
-from flwr.app.user_config import UserConfig
 from flwr.cli.install import install_from_fab
 from flwr.clientapp import ClientApp
 from flwr.clientapp.utils import get_load_client_app_fn
-
 from flwr.common.config import get_fused_config_from_fab
-from flwr.supercore.run import Run
 
 from fedinfer_flower.errors import DeploymentError
 
@@ -43,7 +40,7 @@ def app_of_fab(content: bytes, *, fab_id: str, fab_version: str, fab_hash: str) 
     return load(fab_id, fab_version, fab_hash)
 
 
-def run_config_of(fab_file: Path | bytes, run: Run) -> UserConfig:
+def run_config_of(fab_file: Path | bytes, run: Any) -> dict[str, Any]:
     """Return a run's config from its bundle as Flower reads it; empty if that cannot be read.
 
     In Flower a bundle that is damaged, or whose ``pyproject.toml`` unpacks to gigabytes, ends
@@ -55,7 +52,7 @@ def run_config_of(fab_file: Path | bytes, run: Run) -> UserConfig:
             # The reader stops at this size, so it cannot be a lie.
             if bundle.getinfo("pyproject.toml").file_size > _MAX_CONFIG_BYTES:
                 raise ValueError("a run config that is too large")
-        return get_fused_config_from_fab(fab_file, run)
+        return dict(get_fused_config_from_fab(fab_file, run))
     except Exception as exc:
         log.warning("a run's app bundle cannot be read (%s)", type(exc).__name__)
         return {}

@@ -89,6 +89,7 @@ INTERNALS: Final = (
     _internal("flwr.common.serde", "context_to_proto", "context"),
     _internal("flwr.common.serde", "message_to_proto", "message"),
     _internal("flwr.common.serde", "run_from_proto", "run_proto"),
+    _internal("flwr.common.config", "get_fused_config_from_fab", "fab_file run"),
     _internal("flwr.app.message", "remove_content_from_message", "message"),
     _internal("flwr.app.message", "make_message", "metadata content error"),
     _internal("flwr.common.serde", "message_from_proto", "message_proto"),

@@ -103,6 +103,8 @@ class LeanGrid(Grid):
         with no_object_id_recompute():
             heads, trees, objects = [], [], {}
             for message in given:
+                # The SuperLink does not keep it in a database, so no receiver could rebuild it.
+                message.metadata.src_task_id = None
                 message.metadata.__dict__["_message_id"] = message.object_id
                 heads.append(message_to_proto(remove_content_from_message(message)))
                 trees.append(get_object_tree(message))

@@ -51,6 +51,10 @@ class Polling:
     >>> now = 30.0
     >>> round(polling.pause_s(), 3)
     0.25
+    >>> polling.traffic()
+    >>> for _ in range(20): polling.looked(0.03)
+    >>> round(polling.pause_s(), 2)
+    0.09
     """
 
     least_s: float = 0.02

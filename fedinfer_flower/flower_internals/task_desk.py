@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ipaddress
-import secrets
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -48,26 +47,16 @@ from flwr.supernode.runtime.run_clientapp import (
     push_task_output,
 )
 
-from fedinfer_flower.errors import DeploymentError, UnavailableError
-from fedinfer_flower.flower_internals.node_key import (
-    CHALLENGE_HEADER,
-    NONCE_HEADER,
-    PROOF_HEADER,
-    fresh,
-    is_proof,
-    node_proof,
-    worker_proof,
-)
+from fedinfer_flower.errors import DeploymentError, FedInferError, UnavailableError
+from fedinfer_flower.flower_internals.node_client import NodeClient
 from fedinfer_flower.flower_internals.task_frames import (
     BEAT,
     GIVE,
-    KEY_HEADER,
     MAX_INLINE_BYTES,
     PINNED_HEADER,
     TAKE,
     WAIT_HEADER,
     WITH_FAB_HEADER,
-    WORKER_HEADER,
     OtherFab,
     frames_from_bytes,
     frames_to_bytes,
@@ -75,7 +64,6 @@ from fedinfer_flower.flower_internals.task_frames import (
 
 __all__ = ["OpenTask", "PackedReply", "TaskDesk", "pack_reply"]
 
-_REQUEST_S: Final = 30.0
 _GIVE_TRIES: Final = 4
 
 
@@ -146,13 +134,7 @@ class TaskDesk:
     def __init__(self, address: str, *, key: str = "") -> None:
         _require_loopback(address)
         self._address = address
-        self._key, self._challenge = key, ""
-        self._port = int(address.rpartition(":")[2])
-        headers = {WORKER_HEADER: secrets.token_hex(8)}
-        # No proxy of the environment may come between two processes of one machine.
-        self._http = httpx.Client(
-            base_url=f"http://{address}", headers=headers, timeout=_REQUEST_S, trust_env=False
-        )
+        self._node = NodeClient(address, key=key)
         self._flower: RuntimeHttpClient | None = None
 
     def take(self, *, pinned: str, with_fab: bool, wait_s: float) -> OpenTask | OtherFab | None:
@@ -188,7 +170,7 @@ class TaskDesk:
             WITH_FAB_HEADER: str(int(with_fab)),
             WAIT_HEADER: str(wait_s),
         }
-        response = self._post(TAKE, headers=headers)
+        response = self._node.post(TAKE, headers=headers)
         if response.status_code == 404:
             self._flower = self._runtime()
             return None
@@ -197,46 +179,17 @@ class TaskDesk:
         if response.status_code == 409:
             return OtherFab(response.text[:64])
         response.raise_for_status()
-        return self._opened(frames_from_bytes(response.content))
-
-    def _post(
-        self,
-        path: str,
-        *,
-        headers: dict[str, str],
-        content: bytes = b"",
-        timeout_s: float = _REQUEST_S,
-    ) -> httpx.Response:
-        """Ask the warm SuperNode, and make sure that it is the one with the key."""
-        nonce = fresh()
-        for is_last in (False, True):
-            shown = {NONCE_HEADER: nonce}
-            if self._key and self._challenge:
-                shown[KEY_HEADER] = worker_proof(
-                    self._key, port=self._port, challenge=self._challenge
-                )
-            response = self._http.post(
-                path, content=content, headers=headers | shown, timeout=timeout_s
-            )
-            challenge = response.headers.get(CHALLENGE_HEADER, "")
-            if response.status_code != 403:
-                break
-            if is_last or not self._key:
-                raise DeploymentError(
-                    "the SuperNode asks for another key than this worker's",
-                    hint="give both the same --worker-key file",
-                )
-            # A SuperNode that was started again has another challenge.
-            self._challenge = challenge
-        if self._key:
-            expected = node_proof(self._key, port=self._port, nonce=nonce)
-            if not is_proof(response.headers.get(PROOF_HEADER, ""), expected):
-                raise UnavailableError(
-                    "what answers at the SuperNode's port does not have this site's worker key",
-                    hint="another process may have taken the port; or the SuperNode is stock, or"
-                    " was started without --worker-key",
-                )
-        return response
+        try:
+            return self._opened(frames_from_bytes(response.content))
+        except (FedInferError, httpx.HTTPError):
+            raise
+        except Exception as exc:
+            # A run that ends takes its messages with it, also one that is on its way. Not for
+            # this worker to end by: asking again tells the SuperNode that no reply will come.
+            raise UnavailableError(
+                f"a message came incomplete ({type(exc).__name__})",
+                hint="its run may have ended meanwhile; the next message is served",
+            ) from None
 
     @property
     def is_warm(self) -> bool:
@@ -274,7 +227,7 @@ class TaskDesk:
             try:
                 if not self._is_wanted(task):
                     return False
-                response = self._post(GIVE, content=body, headers=headers)
+                response = self._node.post(GIVE, content=body, headers=headers)
                 break
             except httpx.TransportError:
                 if not left:
@@ -295,15 +248,15 @@ class TaskDesk:
 
     def _beat(self, task: OpenTask) -> bool:
         token = {TASK_TOKEN_HEADER: task.token}
-        return self._post(BEAT, headers=token, timeout_s=5.0).status_code != 410
+        return self._node.post(BEAT, headers=token, timeout_s=5.0).status_code != 410
 
     def _is_wanted(self, task: OpenTask) -> bool:
         # Whoever took the port in the meantime must not be sent the reply.
-        return not self._key or self._beat(task)
+        return not self._node.has_key or self._beat(task)
 
     def close(self) -> None:
         """Let the connections go."""
-        self._http.close()
+        self._node.close()
         if self._flower is not None:
             self._flower.close()
 

@@ -6,8 +6,12 @@ import math
 from collections import OrderedDict, deque
 from collections.abc import Hashable
 from dataclasses import dataclass, field
+from typing import Final
 
 __all__ = ["Lane", "Part", "Piece", "Queue"]
+
+_BUSY_WINDOWS: Final = 10.0
+"""While a batch is under way, the first of the next waits so many windows for others."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,13 +93,21 @@ class Lane:
         if not kept:
             del self.owners[owner]
 
-    def ready_at(self) -> float:
-        """Return when a batch may leave: at once if it is full, else after the window."""
+    def ready_at(self, *, busy: bool = False) -> float:
+        """Return when a batch may leave: at once if it is full, else after the window.
+
+        Parameters
+        ----------
+        busy : bool
+            Whether another batch is under way. Then it pays to wait longer: a batch costs the
+            same with one row and with many, and all of them go through one SuperLink.
+        """
         first = min(
             (pieces[0].since for pieces in self.owners.values() if pieces), default=math.inf
         )
+        window_s = self.window_s * (_BUSY_WINDOWS if busy else 1.0)
         full = not self.together or self.n_rows >= self.max_rows
-        return -math.inf if full and first < math.inf else first + self.window_s
+        return -math.inf if full and first < math.inf else first + window_s
 
     def take(self) -> list[Part]:
         """Take a batch out: owners in turn, an equal share of its rows each.
@@ -231,7 +243,9 @@ class Queue:
         """
         for handle in list(self._lanes):
             lane, group = self._lanes[handle], handle[0]
-            if group in blocked or lane.ready_at() > now or not self._may_leave(group, lane):
+            if group in blocked or not self._may_leave(group, lane):
+                continue
+            if lane.ready_at(busy=self._is_busy(group)) > now:
                 continue
             parts = lane.take()
             self._lanes.move_to_end(handle)
@@ -250,12 +264,15 @@ class Queue:
         """Return when the next batch may leave; infinity if that takes another event."""
         return min(
             (
-                lane.ready_at()
+                lane.ready_at(busy=self._is_busy(group))
                 for (group, _), lane in self._lanes.items()
                 if group not in blocked and self._may_leave(group, lane)
             ),
             default=math.inf,
         )
+
+    def _is_busy(self, group: str) -> bool:
+        return bool(self._under_way.get(group))
 
     def _may_leave(self, group: str, lane: Lane) -> bool:
         under_way = self._under_way.get(group, [])

@@ -76,6 +76,8 @@ class Member:
     asked_at: float = 0.0
     message_id: str = ""
     misses: int = 0
+    key_id: str = ""  # of its last good card,
+    since: float = 0.0  # and when it first showed that, by the monotonic clock
 
 
 class Membership:
@@ -232,9 +234,8 @@ class Membership:
             with self._lock:
                 if self._closed:
                     return
-                asking = any(m.message_id for m in self._members.values())
             try:
-                self._tick(list_nodes=self._is_time(asking=asking))
+                self._tick(list_nodes=self._is_time())
             except FedInferError as exc:
                 log.warning("membership: %s", exc.code)
             except Exception as exc:  # of Flower's transport; the hub counts how long
@@ -247,10 +248,8 @@ class Membership:
                 )
                 self._nudged = False
 
-    def _is_time(self, *, asking: bool) -> bool:
-        every_s = _LIST_S if self.cards() else _TICK_S
-        since_s = time.monotonic() - self._listed_at
-        return since_s >= every_s or (not asking and self._refreshing)
+    def _is_time(self) -> bool:
+        return time.monotonic() - self._listed_at >= (_LIST_S if self.cards() else _TICK_S)
 
     def _tick(self, *, list_nodes: bool) -> None:
         before = self._shown()
@@ -349,7 +348,10 @@ class Membership:
 
     def _keep(self, member: Member, card: SiteCard) -> None:
         with self._lock:
+            if member.key_id != card.key_id:
+                member.key_id, member.since = card.key_id, time.monotonic()
             member.card, member.error, member.message_id = card, None, ""
+            self._shared = self._shared_keys()  # before anybody is shown the card
             member.misses = 0
             member.last_seen_at = self._clock()
             # `refresh` may have come while it was asked.
@@ -367,12 +369,16 @@ class Membership:
             member.ask_at = time.monotonic() + wait_s
 
     def _shared_keys(self) -> frozenset[int]:
-        """Return nodes that show one key: masks between two holders of it would cancel."""
+        """Return nodes that show one key: masks between two holders of it would cancel.
+
+        The first to have shown it stays. Keys and cards are public: if all were left out, a
+        site could shut another out by showing its card.
+        """
         holders: dict[bytes, list[Member]] = {}
         for member in self._members.values():
             if member.online and member.card is not None:
                 holders.setdefault(member.card.identity.agreement_key, []).append(member)
-        shared = [members for members in holders.values() if len(members) > 1]
+        shared = [sorted(members, key=lambda m: m.since)[1:] for members in holders.values()]
         for member in (m for members in shared for m in members):
             member.error = BindingError(
                 "several nodes show the same key",

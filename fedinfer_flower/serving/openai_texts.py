@@ -21,11 +21,12 @@ from fedinfer_flower.errors import (
     error_class,
 )
 from fedinfer_flower.serving.auth import Caller
+from fedinfer_flower.serving.body_limits import read_json
 from fedinfer_flower.serving.desk import Desk
 from fedinfer_flower.serving.jobs import Job, JobKind, JobRequest, JobState
 from fedinfer_flower.serving.openai_fields import Refused
 from fedinfer_flower.serving.problem import HttpProblem
-from fedinfer_flower.serving.text_job import TextAnswer, TextJob, read_json
+from fedinfer_flower.serving.text_job import TextAnswer, TextJob
 from fedinfer_flower.serving.text_options import require_askable
 
 __all__ = [
@@ -82,7 +83,11 @@ async def body_of(request: Request) -> dict[str, Any]:
     kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
     if kind != "application/json":
         raise Refused(EnvelopeError("the body is application/json"), param="")
-    return read_json(await request.body())
+    # Strict, counted before anything is made of it, and not on the event loop if it is large.
+    values = await read_json(request)
+    if not isinstance(values, dict):
+        raise EnvelopeError("the body is not a JSON object in UTF-8")
+    return values
 
 
 async def handed_in(

@@ -53,6 +53,9 @@ def main(grid: Grid, context: Context) -> None:
             f"run config {CONFIG_KEY!r} is the path of a gateway.toml on this machine"
         )
     configure_json_logs()
+    # Flower sends every line to the SuperLink, which keeps it: a request and a row in its
+    # database for each query, all of which are in the audit log and the metrics.
+    logging.getLogger("fedinfer_flower.access").setLevel(logging.WARNING)
     configure_tracing(service="fedinfer-gateway")
     _shorten_backoff()
     grid = _lean(grid)

@@ -36,8 +36,8 @@ class Chronicle:
 
     Privacy
     -------
-    Numbers, names of sites and models, key ids, and texts of typed errors, which hold
-    no inputs.
+    Numbers, names of sites and models, key ids, and texts of typed errors. Those of this
+    gateway hold no inputs; those of a site are its own words, and hold what it puts there.
     """
 
     def __init__(self, *, clock: Callable[[], float] = time.time) -> None:

@@ -226,7 +226,8 @@ def federation(tmp_path_factory):
     it = Federation(tmp_path_factory.mktemp("federation"))
     try:
         it.open()
-        yield it
+        with it.http, it.sdk:
+            yield it
     finally:
         it.deployment.close()
 
@@ -255,7 +256,7 @@ def play(federation, capsys, name, accident, *, mend=lambda: None, lives=True):
     )
     late_s = max(job["ended_at"] - job["deadline_at"] for job in jobs.values())
     with capsys.disabled():
-        print(
+        print(  # noqa: T201  the measurement that docs/explanation/failures.md repeats
             f"\n{name}: all sites answer again after {again_s:.1f} s; {dict(outcomes)};"
             f" latest end {late_s:+.2f} s after its deadline"
         )
@@ -263,13 +264,17 @@ def play(federation, capsys, name, accident, *, mend=lambda: None, lives=True):
         if lives:
             assert job["ended_at"] <= job["deadline_at"] + GRACE_S, job
     # The client's side of the same promise: an answer that opens, or a typed error.
+    code = ""
     try:
         assert len(sealed.wait(20.0).prediction.names) == 1
     except FedInferError as exc:
-        assert exc.code in {job["error"]["code"] for job in jobs.values() if job["error"]}, exc
+        code = exc.code
+    assert code in {"", *(job["error"]["code"] for job in jobs.values() if job["error"])}
     federation.check_money(jobs)
     federation.check_sites()
-    assert again_s <= AGAIN_S
+    # Most of it is Python starting; a machine that is busy with other things takes longer.
+    busy = os.getloadavg()[0] / (os.cpu_count() or 1)
+    assert again_s <= AGAIN_S * max(1.0, busy / 4.0)
     return jobs
 
 

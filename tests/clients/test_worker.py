@@ -336,6 +336,22 @@ def test_worker_that_asks_again_without_reply_has_lost_its_task(same):
         second.close()
 
 
+def test_message_in_pieces_ends_the_task_and_not_the_worker(node, desk, monkeypatch):
+    # A run that ends takes the objects of its messages with it, while one is on its way.
+    whole = node_desk._objects
+    monkeypatch.setattr(node_desk, "_objects", lambda *a: [b"" for _ in whole(*a)])
+    _, _, wait = node.deliver()
+    with pytest.raises(UnavailableError, match="a message came incomplete"):
+        take(desk)
+    monkeypatch.undo()
+    assert desk.take(pinned="", with_fab=False, wait_s=0.0) is None
+    assert "worker was lost" in error_of(node, wait).reason
+    _, _, wait = node.deliver(body=b"next")
+    task = take(desk)
+    assert desk.give(task, answer(task))
+    wait.join()
+
+
 def test_finished_tasks_are_forgotten(node, desk):
     _, _, wait = node.deliver()
     task = take(desk)

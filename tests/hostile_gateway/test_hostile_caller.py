@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import threading
 
 import numpy as np
 import pytest
 
-from fedinfer_flower.errors import QuotaExceededError, ShapeError
+from fedinfer_flower.errors import InvalidValueError, QuotaExceededError, ShapeError
 from fedinfer_flower.serving.auth import Caller
+from fedinfer_flower.serving.config import LimitsConfig
 from fedinfer_flower.serving.http_app import create_app
 from fedinfer_flower.serving.jobs import JobKind, JobRequest
 from fedinfer_flower.serving.problem import HttpProblem
@@ -218,3 +220,36 @@ def test_bodies_that_wait_are_bounded_in_bytes_as_well(bed):
     core.submit(bed.request(wide))
     for job in kept[1:]:
         core.cancel(job.job_id, owner="alice")
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/responses"])
+@pytest.mark.parametrize(
+    "body",
+    [
+        b'{"model": "wine", "messages": [' + b"{}," * 100_000 + b"{}]}",
+        b'{"model": "wine", "messages": [' + b"[]," * 600_000 + b"[]]}",
+    ],
+    ids=["objects", "lists"],
+)
+def test_chats_of_a_million_values_are_refused_before_they_are_made(
+    board, keys, config, client_of, bearer, key, path, body
+):
+    """Made into objects on the event loop, they would hold up every other caller."""
+    config = dataclasses.replace(config, limits=LimitsConfig(body_bytes=4 << 20))
+    app = create_app(board, config, keys=keys)
+    headers = bearer(key) | {"Content-Type": "application/json"}
+
+    async def go():
+        async with client_of(app, headers) as client:
+            return await client.post(path, content=body)
+
+    reply = asyncio.run(go())
+    assert reply.status_code == 413
+
+
+def test_idempotency_key_that_the_schema_allows_is_taken(bed, rows):
+    core = bed.core(bed.sites(1), start=False)
+    job = core.submit(bed.request(rows, key="k" * 255, timeout_s=5.0))
+    core.cancel(job.job_id, owner="alice")
+    with pytest.raises(InvalidValueError):
+        core.submit(bed.request(rows, key="k" * 256))

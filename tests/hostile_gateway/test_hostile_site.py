@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from functools import partial
 
 import numpy as np
 import pytest
+from flwr.app import Message
 
 from fedinfer_flower.errors import InvalidValueError
 from fedinfer_flower.incentives.ledger import Ledger
 from fedinfer_flower.serving.jobs import JobState
 from fedinfer_flower.wire import messages
+from fedinfer_flower.wire.directory import SiteCard, _statement, site_card
 from fedinfer_flower.wire.envelope import DEFAULT_LIMITS
+from fedinfer_flower.wire.identity import Identity, PublicIdentity
 from fedinfer_flower.wire.records import pack, unpack
 
 CANARY = "canary-4242.4242"
@@ -23,8 +27,6 @@ def quoting(action, partition, message, context, handle, *, words=CANARY):
     """Refuse a query with a typed error that quotes a row, as a site could that wants to tell."""
     if action != "fi_predict":
         return None
-    from flwr.app import Message
-
     asked = unpack(message.content, limits=DEFAULT_LIMITS)
     error = InvalidValueError(f"row 0 is {words}", hint=f"not {words}")
     envelope = messages.error(
@@ -72,14 +74,23 @@ def test_site_cannot_have_the_price_of_the_operator_by_asking_for_a_million(bed,
     assert max(paid.values()) <= 2 * min(paid.values()), paid
 
 
-def test_scores_that_are_no_numbers_are_left_out(bed, rows):
+def test_reply_that_is_nonsense_is_left_out_of_the_answer(bed, rows):
     sites = bed.sites(3)
     core = bed.core(sites, models={"m": {"quorum": 2, "protection": "plain"}})
-    sites.poison = 0.0  # this site's model raises where the others answer
+
+    def nonsense(action, partition, message, context, handle):
+        if action != "fi_predict" or partition != 1:
+            return None
+        reply = handle(message, context)
+        envelope = unpack(reply.content, limits=DEFAULT_LIMITS)
+        spoilt = tuple((name, b"\xff" * len(data)) for name, data in envelope.sections)
+        return Message(pack(dataclasses.replace(envelope, sections=spoilt)), reply_to=message)
+
+    sites.instead = nonsense
     ended = bed.ended(core, core.submit(bed.request(rows)))
     assert ended.state is JobState.DONE
-    answer = json.loads(ended.answer)
-    assert np.isfinite(answer["probabilities"]).all()
+    assert ended.provenance["sites_answered"] == 2
+    assert np.isfinite(json.loads(ended.answer)["probabilities"]).all()
 
 
 def test_epsilon_is_counted_however_many_queriers_ask(bed):
@@ -106,3 +117,37 @@ def test_epsilon_is_counted_however_many_queriers_ask(bed):
     spent = sum(entry["spent"] for entry in core.status()["epsilon"])
     assert spent == pytest.approx(5000.0)
     assert len(core.status()["epsilon"]) <= 4200
+
+
+@pytest.mark.parametrize("how", ["key", "card"])
+def test_site_cannot_shut_another_out_by_showing_what_is_public_of_it(bed, how):
+    sites = bed.sites(3)
+    core = bed.core(sites, models={"m": {"min-sites": 1}})
+    bed.until(lambda: len(core._members.cards()) == 3)
+    cards = core._members.cards()
+    victim = cards[min(cards)]
+    own = Identity.generate()
+
+    def thief(action, partition, message, context, handle):
+        if action != "fi_hello" or context.node_id != max(cards):
+            return None
+        copied = PublicIdentity(
+            signing_key=own.public.signing_key, agreement_key=victim.identity.agreement_key
+        )
+        profile, run_id = cards[context.node_id].profile, core._run_id
+        card = SiteCard(
+            run_id=run_id,
+            profile=profile,
+            identity=copied,
+            signature=own.sign("site card", _statement(profile, copied, run_id)),
+        )
+        card = victim if how == "card" else card
+        return Message(pack(site_card(card, sender=context.node_id)), reply_to=message)
+
+    before = sites.asked["fi_hello", 2]
+    sites.instead = thief
+    core._members.refresh([max(cards)])
+    bed.until(lambda: sites.asked["fi_hello", 2] > before)
+    bed.until(lambda: max(cards) not in core._members.cards())
+    assert min(cards) in core._members.cards()
+    assert core._members.members()[-1].error is not None

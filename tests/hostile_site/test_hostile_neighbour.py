@@ -29,9 +29,16 @@ from fedinfer_flower.errors import ConfigError, DeploymentError, UnavailableErro
 from fedinfer_flower.flower_internals import task_desk
 from fedinfer_flower.flower_internals.local_wire import take_identity
 from fedinfer_flower.flower_internals.node_desk import NodeDesk
+from fedinfer_flower.flower_internals.node_key import worker_proof
 from fedinfer_flower.flower_internals.node_routes import TaskRoutes
 from fedinfer_flower.flower_internals.task_desk import OpenTask, TaskDesk
-from fedinfer_flower.flower_internals.task_frames import GIVE, TAKE, WORKER_HEADER, frames_to_bytes
+from fedinfer_flower.flower_internals.task_frames import (
+    GIVE,
+    KEY_HEADER,
+    TAKE,
+    WORKER_HEADER,
+    frames_to_bytes,
+)
 from fedinfer_flower.supervision.binding import bound_command
 from fedinfer_flower.supervision.run_folder import RunFolder
 
@@ -143,13 +150,13 @@ def test_what_a_worker_showed_at_one_port_is_of_no_use_at_another():
 
 
 def test_what_a_worker_showed_is_of_no_use_after_a_restart():
-    port = 0
     with real_node(KEY) as address:
         port = int(address.rpartition(":")[2])
         desk = TaskDesk(address, key=KEY)
         assert ask(desk) is None
-        shown = dict(desk._http.headers)
-        shown.pop("host", None)
+        proof = worker_proof(KEY, port=port, challenge=desk._node._challenge)
+        shown = {WORKER_HEADER: "x", KEY_HEADER: proof}
+        assert httpx.post(f"http://{address}{TAKE}", headers=shown).status_code == 204
     with real_node(KEY, port) as address:
         assert httpx.post(f"http://{address}{TAKE}", headers=shown).status_code == 403
         # The worker itself is taken up again, without a word.

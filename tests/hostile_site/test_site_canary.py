@@ -111,7 +111,11 @@ def is_plain(log) -> bool:
     return not log.getvalue().startswith("{")
 
 
-@pytest.mark.parametrize("reply", [None, "CANARY-7c21", [["CANARY-7c21"]], object()], ids=repr)
+@pytest.mark.parametrize(
+    "reply",
+    [None, CANARY_TEXT, [[CANARY_TEXT]], object()],
+    ids=["none", "text", "texts", "object"],
+)
 def test_model_that_answers_nonsense_tells_nothing(make_site, ward, tmp_path, log, reply):
     ward.answer = lambda rows: reply
     assert asked(make_site(), tmp_path, log)[0] is Kind.ERROR

@@ -67,6 +67,9 @@ class Deployment:
         TLS on the SuperLink and at the gateway, and node authentication.
     stock : bool
         Sites run Flower's own SuperNode, not the warm one.
+    durable : bool
+        The SuperLink keeps its state in a file, and has it after a restart. In memory, which
+        is Flower's default, it needs a third of the time for a query.
 
     Examples
     --------
@@ -86,10 +89,12 @@ class Deployment:
         gateway: str = "",
         secure: bool = True,
         stock: bool = False,
+        durable: bool = True,
     ) -> None:
         self.folder = folder.absolute()
         self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         self.sites, self.secure, self._stock = tuple(sites), secure, stock
+        self._durable = durable
         self._models, self._gateway = models, gateway
         flwr_home = self.folder / "flwr"
         flwr_home.mkdir(exist_ok=True)
@@ -182,7 +187,8 @@ class Deployment:
     def start_superlink(self) -> None:
         """Start the SuperLink, with its state in a file."""
         command = [command_path("flower-superlink"), "--host", "127.0.0.1"]
-        command += ["--port", str(self.superlink_port), "--database", str(self.folder / "link.db")]
+        command += ["--port", str(self.superlink_port)]
+        command += ["--database", str(self.folder / "link.db")] if self._durable else []
         command += ["--disable-runtime-dependency-installation", *self._superlink_tls()]
         self.processes.start("superlink", command)
         self.processes.wait_for_port("superlink", self.superlink_port)
