@@ -15,8 +15,8 @@ client = OpenAI(
 question = {"role": "user", "content": "Q city of doriz gufag ?"}
 
 answer = client.chat.completions.create(model="assistant", messages=[question])
-print("chat:     ", answer.choices[0].message.content)
+sys.stdout.write(f"chat:      {answer.choices[0].message.content}\n")
 
 for event in client.responses.create(model="assistant", input=question["content"], stream=True):
     if event.type == "response.output_text.done":
-        print("responses:", event.text)
+        sys.stdout.write(f"responses: {event.text}\n")

@@ -53,7 +53,7 @@ def lean_grid(grid: Grid) -> Grid:
     require_flower()
     from flwr.superlink.grid.http_grid import HttpGrid
 
-    from fedinfer_flower.flower_internals.lean_grid import LeanGrid
+    from fedinfer_flower.flower_internals.lean import LeanGrid
 
     return LeanGrid(grid) if type(grid) is HttpGrid else grid
 

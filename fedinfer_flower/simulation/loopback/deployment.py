@@ -225,7 +225,7 @@ class Deployment:
         """Start a site; under TLS its node key is registered first."""
         command = [command_path("fedinfer"), "site", "up", "--superlink", self.superlink]
         command += ["--policy", str(self.policy_file(name))]
-        command += ["--stock"] if self._stock else []
+        command += ["--stock", "--any-code"] if self._stock else []
         if self.ca is None:
             command += ["--insecure"]
         else:
