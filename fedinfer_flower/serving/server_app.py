@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from logging.handlers import RotatingFileHandler
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Final
@@ -18,7 +19,7 @@ from flwr.serverapp import Grid, ServerApp
 
 from fedinfer_flower.errors import ConfigError, DeploymentError
 from fedinfer_flower.observability.audit_log import AuditLog
-from fedinfer_flower.observability.json_logs import configure_json_logs
+from fedinfer_flower.observability.json_logs import JsonFormatter, configure_json_logs
 from fedinfer_flower.observability.metrics import GatewayMetrics
 from fedinfer_flower.observability.tracing import configure_tracing
 from fedinfer_flower.serving.config import GatewayConfig
@@ -30,12 +31,14 @@ from fedinfer_flower.wire.identity import Identity
 if TYPE_CHECKING:
     from fedinfer_flower.serving.core import GatewayCore
 
-__all__ = ["AUDIT_FILE", "CONFIG_KEY", "KEYS_FILE", "app", "serve", "state_folder"]
+__all__ = ["ACCESS_FILE", "AUDIT_FILE", "CONFIG_KEY", "KEYS_FILE", "app", "serve", "state_folder"]
 
 CONFIG_KEY: Final = "gateway-config"
 KEYS_FILE: Final = "keys.db"
 _IDENTITY_FILE: Final = "gateway.id"
 AUDIT_FILE: Final = "audit.jsonl"
+ACCESS_FILE: Final = "access.jsonl"
+_ACCESS_BYTES: Final = 16 << 20
 _LOCK_FILE: Final = "gateway.lock"
 _LOOK_S: Final = 0.2
 _LOG: Final = logging.getLogger(__name__)
@@ -53,14 +56,32 @@ def main(grid: Grid, context: Context) -> None:
             f"run config {CONFIG_KEY!r} is the path of a gateway.toml on this machine"
         )
     configure_json_logs()
-    # Flower sends every line to the SuperLink, which keeps it: a request and a row in its
-    # database for each query, all of which are in the audit log and the metrics.
-    logging.getLogger("fedinfer_flower.access").setLevel(logging.WARNING)
+    config = GatewayConfig.read(path)
     configure_tracing(service="fedinfer-gateway")
     _shorten_backoff()
     grid = _lean(grid)
-    with _told_to_end() as told:
-        serve(GatewayConfig.read(path), grid, run_id=context.run_id, told_to_end=told.is_set)
+    with _told_to_end() as told, _access_log(state_folder(config.state) / ACCESS_FILE):
+        serve(config, grid, run_id=context.run_id, told_to_end=told.is_set)
+
+
+@contextmanager
+def _access_log(path: Path) -> Iterator[None]:
+    """Write one line a request to a file of the state folder, and not to the run's log.
+
+    Flower sends every line of that to the SuperLink, which keeps it: a request and a row in
+    its database for each query.
+    """
+    log = logging.getLogger("fedinfer_flower.access")
+    handler = RotatingFileHandler(path, maxBytes=_ACCESS_BYTES, backupCount=3, encoding="utf-8")
+    handler.setFormatter(JsonFormatter())
+    log.addHandler(handler)
+    log.propagate = False
+    try:
+        yield
+    finally:
+        log.propagate = True
+        log.removeHandler(handler)
+        handler.close()
 
 
 def _lean(grid: Grid) -> Grid:

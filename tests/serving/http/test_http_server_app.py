@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import signal
@@ -168,3 +169,16 @@ def test_missing_internals_are_one_warning(monkeypatch, caplog):
     with caplog.at_level(logging.WARNING):
         server_app._shorten_backoff()
     assert len(caplog.records) == 1
+
+
+def test_access_log_goes_to_a_file_of_the_owner_and_not_to_the_run(tmp_path, caplog):
+    log = logging.getLogger("fedinfer_flower.access")
+    log.setLevel(logging.INFO)
+    path = tmp_path / server_app.ACCESS_FILE
+    with caplog.at_level(logging.INFO), server_app._access_log(path):
+        log.info("request", extra={"status": 200})
+    assert not caplog.records
+    (line,) = path.read_text().splitlines()
+    assert json.loads(line)["message"] == "request"
+    assert log.propagate
+    assert not log.handlers
