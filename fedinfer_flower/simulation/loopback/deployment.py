@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import ssl
 import subprocess
 import time
@@ -16,7 +17,12 @@ import httpx
 
 from fedinfer_flower.errors import DeploymentError
 from fedinfer_flower.simulation.loopback.certificates import Authority, make_node_key
-from fedinfer_flower.simulation.loopback.processes import Processes, command_path, free_ports
+from fedinfer_flower.simulation.loopback.processes import (
+    Processes,
+    command_folder,
+    command_path,
+    free_ports,
+)
 from fedinfer_flower.wire.identity import Identity
 
 __all__ = ["Deployment", "SiteSpec"]
@@ -102,6 +108,8 @@ class Deployment:
             self.folder,
             {
                 "FLWR_HOME": str(flwr_home),
+                # Flower starts its own commands by name, also where no environment is active.
+                "PATH": os.pathsep.join((command_folder(), os.environ.get("PATH", os.defpath))),
                 "FLWR_TELEMETRY_ENABLED": "0",
                 "FLWR_DISABLE_UPDATE_CHECK": "1",
                 "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",

@@ -14,14 +14,19 @@ from pathlib import Path
 
 from fedinfer_flower.errors import DeploymentError
 
-__all__ = ["Processes", "command_path", "free_ports"]
+__all__ = ["Processes", "command_folder", "command_path", "free_ports"]
 
 _GRACE_S = 30.0
 
 
+def command_folder() -> str:
+    """Return the folder of the commands that are installed beside this interpreter."""
+    return str(Path(sys.executable).parent)
+
+
 def command_path(name: str) -> str:
     """Return the path of a command that is installed beside this interpreter."""
-    return str(Path(sys.executable).parent / name)
+    return str(Path(command_folder()) / name)
 
 
 def free_ports(number: int) -> list[int]:
