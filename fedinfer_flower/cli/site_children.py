@@ -189,6 +189,8 @@ def site_children(
         "PYTHONUNBUFFERED": "1",
         # "python -m" would import what others may have put into the working folder.
         "PYTHONSAFEPATH": "1",
+        # The stock SuperNode starts Flower's commands by name: systemd activates nothing.
+        "PATH": os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", ""))),
     }
     common = [*link.arguments(), *_node_config(policy, policy_path, home)]
     if policy.code.trusted_entities is not None:
