@@ -8,13 +8,17 @@ export FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION = 1
 export RAY_USAGE_STATS_ENABLED = 0
 export OMP_NUM_THREADS = 1
 
-.PHONY: demo test test-mpc check bench clean
+.PHONY: demo test test-deployment test-mpc check bench clean
 
 demo: $(VENV)/.demo
 	$(BIN)/fedinfer demo --rewards
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not deployment"
+
+# Whole deployments on loopback, and what befalls them: one at a time, or their clocks run out.
+test-deployment: $(VENV)/.dev
+	$(BIN)/python -m pytest -q -m deployment tests/e2e tests/chaos
 
 # Secure multi-party computation needs numpy 1.26, so it has an environment of its own.
 test-mpc: .venv-mpc/.done

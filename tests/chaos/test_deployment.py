@@ -26,7 +26,7 @@ from fedinfer_flower.serving.accounting import HELD
 from fedinfer_flower.simulation.loopback import Deployment, SiteSpec
 from fedinfer_flower.simulation.loopback.models import held_out_digits
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.deployment, pytest.mark.slow, pytest.mark.timeout(600)]
 
 N_SITES = 3
 N_JOBS = 4

@@ -11,7 +11,7 @@ import pytest
 
 from fedinfer_flower.simulation.facts.world import FactWorld
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.deployment, pytest.mark.slow, pytest.mark.timeout(600)]
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "agent-backend"
 

@@ -9,6 +9,7 @@ import pytest
 EXAMPLE = Path(__file__).parents[2] / "examples" / "deploy-loopback"
 
 
+@pytest.mark.deployment
 @pytest.mark.slow
 def test_script_deploys_asks_three_ways_and_ends_what_it_started(tmp_path, environment, free_ports):
     superlink, gateway = free_ports(2)

@@ -19,7 +19,7 @@ from fedinfer_flower.simulation.loopback.certificates import Authority, make_nod
 from fedinfer_flower.simulation.loopback.models import held_out_digits
 from fedinfer_flower.simulation.loopback.processes import command_path, free_ports
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.deployment, pytest.mark.slow, pytest.mark.timeout(300)]
 
 N_SITES = 2
 MODELS = """

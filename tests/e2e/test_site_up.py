@@ -21,7 +21,7 @@ import pytest
 
 from fedinfer_flower.cli.doctor_network import examine_superlink
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.deployment, pytest.mark.slow, pytest.mark.timeout(900)]
 
 MOST_S = 240.0
 BIN = Path(sys.executable).parent

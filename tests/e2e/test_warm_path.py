@@ -12,7 +12,7 @@ import pytest
 
 from fedinfer_flower.clients.worker_status import read_status
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.deployment, pytest.mark.slow]
 
 PYPROJECT = """\
 [build-system]
